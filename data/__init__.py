@@ -1,0 +1,1 @@
+"""Where text becomes tokens: `prepare.py` (any corpus) and `fold.py` (the embedded one)."""

@@ -1,0 +1,169 @@
+"""Qwen2 by hand: RMSNorm, RoPE, grouped-query attention, SwiGLU. Mistral is the same module without QKV bias.
+
+Parameter names are Hugging Face's, so loading and saving need no renaming. The model knows nothing of thoughts:
+who attends to whom is a callable it is given (`attention.py`), and where keys are kept a `KVCache`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen2Config:
+    """The keys of Hugging Face's config.json that the computation depends on; sizes in elements."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = True  # Q, K and V have biases in Qwen2 and none in Mistral
+    tie_word_embeddings: bool = True
+
+
+class KVCache:
+    """Keys and values of every layer in `n_slots` preallocated slots, (L, 2, B, G, n_slots, head_dim).
+
+    `slots` (N,) says where the next forward writes its N tokens; overwriting a slot forgets what it held.
+    """
+
+    def __init__(self, config, batch, n_slots, device=None, dtype=None):
+        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, n_slots, config.head_dim)
+        self.data = torch.zeros(shape, device=device, dtype=dtype)
+        self.slots = None
+
+    def update(self, layer, k, v):
+        """Writes k, v (B, G, N, head_dim) into `slots` and returns all keys and values of the layer."""
+        keys, values = self.data[layer]
+        keys.index_copy_(2, self.slots, k.to(keys.dtype))
+        values.index_copy_(2, self.slots, v.to(values.dtype))
+        return keys, values
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # statistics in fp32 at least
+
+
+def rope_tables(positions, head_dim, theta, dtype):
+    """cos and sin of position x frequency for rotate-half RoPE: positions (..., N) -> two (..., 1, N, head_dim)."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
+    angles = positions[..., None, :, None].to(dtype) * theta**-exponent
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """Rotates queries or keys (B, heads, N, head_dim) to their positions; the product is at least fp32."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        d, q, kv = config.hidden_size, *(n * config.head_dim for n in (config.num_attention_heads,
+                                                                       config.num_key_value_heads))
+        self.q_proj = nn.Linear(d, q, bias=config.attention_bias)
+        self.k_proj = nn.Linear(d, kv, bias=config.attention_bias)
+        self.v_proj = nn.Linear(d, kv, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q, d, bias=False)
+
+    def forward(self, x, rope, attend, cache):
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, N, head_dim)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(d, inner, bias=False)
+        self.up_proj = nn.Linear(d, inner, bias=False)
+        self.down_proj = nn.Linear(inner, d, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, rope, attend, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen2(nn.Module):
+    """The language model up to its final norm; `head_weight` (V, D) turns hidden states into logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self):
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @torch.no_grad()
+    def init_weights(self, std=0.02, embedding_std=0.02, seed=0):
+        """Fills a model that starts from nothing: normal matrices, zero biases, unit norms."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                scale = embedding_std if "embed_tokens" in name else std
+                p.copy_(torch.randn(p.shape, generator=generator) * scale)
+
+    def embed(self, ids):
+        return self.model.embed_tokens(ids)
+
+    def logits(self, hidden):
+        return F.linear(hidden, self.head_weight)
+
+    def forward(self, x, positions, attend, cache=None):
+        """Hidden states after the final norm.
+
+        x: token ids (B, N) int64, or embeddings (B, N, D).  positions: (N,) or (B, N) RoPE positions.
+        attend: callable (q (B, H, N, d), k, v (B, G, M, d)) -> (B, H, N, d), one of `attention.py`.
+        cache: where this forward writes its keys and values and reads the earlier ones (M = its slots; else M = N).
+        """
+        if not x.is_floating_point():
+            x = self.embed(x)
+        assert x.shape[-1] == self.config.hidden_size and x.shape[1] == positions.shape[-1], (x.shape, positions.shape)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta, dtype)
+        for block in self.model.layers:
+            x = block(x, rope, attend, cache)
+        return self.model.norm(x)

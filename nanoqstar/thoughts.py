@@ -1,0 +1,134 @@
+"""The packed layout: where every token of text, thoughts and lookahead stands, and what it may see.
+
+One sequence holds a window's text once, then one group per thinking position i:
+
+    [ x_0 .. x_{T+A-2} | group(0) | group(1) | .. | group(T-1) ]
+    group(i)  = start, branch(pass 0), .., branch(pass P-1)
+    branch(p) = t_1 .. t_S, end, x_{i+1} .. x_{i+A-1}                 S + A tokens
+
+All passes of a position share its start token: it is the same vector seeing the same text, so one copy computes what
+P would. Groups lie in order of position, which makes a group's own keys neighbours and the text that a run of
+queries sees a prefix. RoPE goes on from i: start at i+1, t_k at i+1+k, end at i+K, x_{i+k} at i+K+k.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Geometry alone: `n_text` text tokens, then `n_positions` groups of a root and `n_passes` branches."""
+
+    n_text: int
+    n_positions: int  # T
+    n_passes: int  # P
+    n_branch: int  # tokens of a branch
+
+    @property
+    def n_group(self):
+        return 1 + self.n_passes * self.n_branch
+
+    @property
+    def n_packed(self):
+        return self.n_text + self.n_positions * self.n_group
+
+    def describe(self, device=None):
+        """What each packed token is: its position i, its pass and its place, each (n_packed,) int64.
+
+        Place is -1 for text, 0 for the root (start), 1.. along a branch; pass is -1 for text and root.
+        """
+        none = torch.full((self.n_text,), -1)
+        place = torch.cat((torch.zeros(1).long(), torch.arange(1, self.n_branch + 1).repeat(self.n_passes)))
+        pass_ = torch.cat((none[:1], torch.arange(self.n_passes).repeat_interleave(self.n_branch)))
+        position = torch.arange(self.n_positions).repeat_interleave(self.n_group)
+        described = (torch.cat((torch.arange(self.n_text), position)),
+                     torch.cat((none, pass_.repeat(self.n_positions))),
+                     torch.cat((none, place.repeat(self.n_positions))))
+        return tuple(x.to(device) for x in described)
+
+    def rope_positions(self, device=None):
+        """RoPE position of every packed token, (n_packed,)."""
+        position, _, place = self.describe(device)
+        return position + place + 1
+
+    def split(self, packed):
+        """(B, n_packed, ..) -> text (B, n_text, ..), roots (B, T, ..), branches (B, P, T, n_branch, ..); all views."""
+        text, groups = packed.split((self.n_text, self.n_packed - self.n_text), dim=1)
+        groups = groups.unflatten(1, (self.n_positions, self.n_group))
+        branches = groups[:, :, 1:].unflatten(2, (self.n_passes, self.n_branch))
+        return text, groups[:, :, 0], branches.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class ThoughtLayout:
+    """All arithmetic of n_ahead, n_ahead_talk and n_passes, for windows of T + A tokens (paper sections 4.2 and 4.3)."""
+
+    n_ahead: int  # K: tokens of a thought, start and end included
+    n_ahead_talk: int  # A: true tokens predicted after a thought
+    n_passes: int  # P: thoughts per position
+    n_positions: int  # T: positions that think
+
+    def __post_init__(self):
+        assert self.n_ahead >= 3 and min(self.n_ahead_talk, self.n_passes, self.n_positions) >= 1, self
+
+    @classmethod
+    def of(cls, text, thoughts):
+        """Read off the shapes of text (B, T+A) and of thoughts or their uniforms (B, P, T, S)."""
+        batch, n_passes, n_positions, n_sampled = thoughts.shape
+        assert len(text) == batch, (text.shape, thoughts.shape)
+        return cls(n_sampled + 2, text.shape[1] - n_positions, n_passes, n_positions)
+
+    @property
+    def n_sampled(self):  # S
+        return self.n_ahead - 2
+
+    @property
+    def n_text(self):  # the last thoughts' lookahead needs the hidden states of A - 1 tokens past the last thinker
+        return self.n_positions + self.n_ahead_talk - 1
+
+    @property
+    def packing(self):
+        """Of the one forward that scores."""
+        return Packing(self.n_text, self.n_positions, self.n_passes, self.n_sampled + self.n_ahead_talk)
+
+    @property
+    def rollout_packing(self):
+        """Of the KV cache while thoughts are sampled: t_S is never an input, end and lookahead come later."""
+        return Packing(self.n_text, self.n_positions, self.n_passes, self.n_sampled - 1)
+
+    def pack(self, text, thoughts):
+        """Ids of the packed sequence, 0 standing in for start and end, which have none; and where those stand.
+
+        text: (B, T+A).  thoughts: (B, P, T, S).  Returns ids (B, n_packed), is_start and is_end (n_packed,) bool.
+        """
+        batch = len(text)
+        assert thoughts.shape == (batch, self.n_passes, self.n_positions, self.n_sampled), thoughts.shape
+        assert text.shape == (batch, self.n_positions + self.n_ahead_talk), text.shape
+        ids = text.new_zeros(batch, self.packing.n_packed)
+        base, _, branches = self.packing.split(ids)  # views: filling them fills ids
+        base.copy_(text[:, :self.n_text])
+        branches[..., :self.n_sampled] = thoughts
+        branches[..., self.n_sampled + 1:] = text[:, 1:].unfold(1, self.n_ahead_talk, 1)[:, None, :, :-1]
+        place = self.packing.describe(text.device)[2]
+        return ids, place == 0, place == self.n_sampled + 1
+
+
+def visible(query, key):
+    """The one definition of who sees whom; every mask is built from it or tested against it.
+
+    query, key: (position, pass, place, document) of packed tokens, broadcastable int tensors.  Returns bool.
+    """
+    q_position, q_pass, q_place, q_document = query
+    k_position, k_pass, k_place, k_document = key
+    text = (k_place < 0) & (k_position <= q_position) & (k_document == q_document)
+    own = (k_place >= 0) & (k_place <= q_place) & (k_position == q_position) & ((k_pass == q_pass) | (k_place == 0))
+    return text | own
+
+
+def dense_mask(packing, docs):
+    """The definition as booleans (B, 1, n_packed, n_packed), True = visible; docs (B, >= n_text) document ids."""
+    position, pass_, place = packing.describe(docs.device)
+    docs = docs[:, None, position]  # a group belongs to its position's document
+    query = (position[:, None], pass_[:, None], place[:, None], docs[..., :, None])
+    return visible(query, (position, pass_, place, docs[..., None, :]))
