@@ -115,18 +115,16 @@ def on_hub(call, what, instead):
         return call()
     except (OSError, HTTPError, ValueError) as error:
         # hf_hub_download hides some answers of the Hub behind a "not in the cache" error
-        response = next((e.response for e in (error, error.__cause__) if getattr(e, "response", None) is not None), None)
-        if response is None:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"{what} cannot be fetched from the Hugging Face Hub ({reason}): check the network and the "
-                             f"name, or {instead}") from None
-        if response.status_code in (401, 403):
-            raise InputError(f"the Hugging Face Hub refuses access to {what}: it is gated, private or misspelt; accept "
-                             "its terms on its page, then set HF_TOKEN or run `hf auth login`") from None
-        if response.status_code == 404:
-            raise InputError(f"the Hugging Face Hub has no such thing as {what}: check the name, or {instead}") from None
-        raise InputError(f"the Hugging Face Hub answered {response.status_code} for {what}: try again later, or "
-                         f"{instead}") from None
+        responses = (getattr(e, "response", None) for e in (error, error.__cause__))
+        status = next((response.status_code for response in responses if response is not None), None)
+        reason = str(error).partition("\n")[0]
+        raise InputError({
+            None: f"{what} cannot be fetched from the Hugging Face Hub ({reason}): check the network, or {instead}",
+            401: f"the Hugging Face Hub refuses access to {what} (gated, private or misspelt): accept its terms "
+                 "on its page, then set HF_TOKEN or run `hf auth login`",
+            404: f"the Hugging Face Hub has no such thing as {what}: check the name, or {instead}",
+        }.get(401 if status == 403 else status, f"the Hugging Face Hub answered {status} for {what}: try again later, "
+                                                f"or {instead}")) from None
 
 
 # --- documents of a file ---------------------------------------------------------------------------------------------
@@ -181,8 +179,8 @@ def read_jsonl(file, name, args):
             raise InputError(f"{name}, line {number}: not valid JSON ({error})") from None
         if not isinstance(record, dict) or args.text_field not in record:
             there = f"has {', '.join(record) or 'no field'}" if isinstance(record, dict) else "is not an object"
-            raise InputError(f"{name}, line {number}: no field {args.text_field!r}, the line {there}; name the field of "
-                             "the text with --text_field")
+            raise InputError(f"{name}, line {number}: no field {args.text_field!r}, the line {there}; name the text's "
+                             "field with --text_field")
         text = record[args.text_field]
         if text is not None and not isinstance(text, str):
             raise InputError(f"{name}, line {number}: {args.text_field!r} is not a string; name another --text_field")
@@ -327,8 +325,8 @@ def parse(argv):
         return number
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--input", type=Path, help=".txt, .jsonl, .parquet (the first two also .gz) or other text file, "
-                        "or a folder of them, instead of a dataset")
+    parser.add_argument("--input", type=Path, help=".txt, .jsonl, .parquet (the first two also .gz) or other text "
+                        "file, or a folder of them, instead of a dataset")
     parser.add_argument("--dataset_name", help=f"id of a Hugging Face dataset (default {FINEWEB_EDU})")
     parser.add_argument("--dataset_subset", help="config or folder of it (default sample-10BT of FineWeb-Edu, else "
                         "'default')")
@@ -440,9 +438,10 @@ def prepare(args):
     for split, count in writer.counts.items():
         if not count["documents"]:
             shutil.rmtree(partial)
+            change = "raise" if split == "val" else "lower"
             raise InputError(f"there is no text in {args.input or args.dataset_name}" if not n_documents else
-                             f"none of the {n_documents:,} documents fell to the {split} split: "
-                             f"{'raise' if split == 'val' else 'lower'} --val_fraction (now {args.val_fraction})")
+                             f"the {split} split got no document (of {n_documents:,}): {change} --val_fraction (now "
+                             f"{args.val_fraction}), or give more text")
     writer.finish(arguments | ({"revision": revision} if revision else {}), args.val_fraction)
     for split, count in writer.counts.items():
         print(f"{split:5} {count['tokens']:13,} tokens in {count['documents']:9,} documents")

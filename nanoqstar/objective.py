@@ -123,18 +123,34 @@ class Valid:
         return torch.cat((self.base.sum()[None], self.talk.sum((0, 1)), self.policy.sum()[None]))
 
 
-def advantage(reward, clamp):
+def advantage(reward, valid, clamp, normalize=False):
     """Reward above the mean of the same position's passes, itself included; negatives dropped if `clamp` (paper 4.4).
 
-    reward: (B, P, T) nats per thought.  P == 1 has no baseline, as in the official code; the clamp applies all the same.
+    reward: (B, P, T) nats per thought.  valid: (B, T) bool.  Returns (B, P, T), zero where invalid.
+    P == 1 has no baseline, as in the official code; the clamp applies all the same.
+    normalize: divide by the root mean square over the valid entries of this forward.
     """
     if reward.shape[1] > 1:
         reward = reward - reward.mean(1, keepdim=True)
+    reward = reward * valid[:, None]
+    if normalize:
+        reward = reward / (reward.square().sum() / (valid.sum() * reward.shape[1]).clamp(min=1)).sqrt().clamp(min=1e-6)
     return reward.clamp(min=0) if clamp else reward
 
 
+def language_model_loss(hidden, head, text, docs, count):
+    """Mean NLL of continued pre-training without thoughts, and the same detached.
+
+    hidden: (B, T, D).  text, docs: (B, > T).  count: valid positions of the whole update.
+    """
+    n = hidden.shape[1]
+    weights = (docs[:, 1:n + 1] == docs[:, :n]).flatten() / count.clamp(min=1).to(hidden.dtype)
+    loss, _ = weighted_log_probs(hidden.flatten(0, 1), head, text[:, 1:n + 1].flatten(), -weights)
+    return loss, loss.detach()
+
+
 def quiet_star_loss(states, head, text, thoughts, valid, counts, *, base_weight, mixed_weight, policy_weight,
-                    clamp_advantage, reinforce_temperature, banned=None):
+                    clamp_advantage, reinforce_temperature, normalize_advantage=False, banned=None):
     """base_weight * base NLL + mixed_weight * mixed NLL + policy_weight * REINFORCE, means over the whole update.
 
     states: `quietstar.States`.  head: (V, D).  text: (B, T+A).  thoughts: (B, P, T, S).  valid: `Valid`.
@@ -157,7 +173,7 @@ def quiet_star_loss(states, head, text, thoughts, valid, counts, *, base_weight,
     base_lp, mixed_lp = base_lp.view(after_base.shape), mixed_lp.view(after_talk.shape)
 
     reward = (mixed_lp - base_lp.unfold(1, n_talk, 1)[:, None]).sum(-1)  # (B, P, T)
-    adv = advantage(reward, clamp_advantage) * valid.policy[:, None]
+    adv = advantage(reward, valid.policy, clamp_advantage, normalize_advantage)
     live = (adv != 0) if policy_weight else torch.zeros_like(adv, dtype=torch.bool)  # the rest has no gradient
     credit = (adv[live] / (n_passes * policy_count * n_sampled))[:, None].expand(-1, n_sampled)
     policy, _ = weighted_log_probs(states.thought[live].flatten(0, 1), head, thoughts[live].flatten(),

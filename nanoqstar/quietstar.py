@@ -7,10 +7,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanoqstar.attention import packed_attention, query_rows
+from nanoqstar.attention import dense, packed_attention, query_rows, text_mask
 from nanoqstar.objective import compute_dtype, sample_tokens
 from nanoqstar.qwen2 import KVCache
 from nanoqstar.thoughts import ThoughtLayout
+
+
+THOUGHTS = 1  # sets the stream of thoughts apart from that of window positions (`data.TokenDataset.batch`)
 
 
 def uniforms(seed, step, indices, shape):
@@ -18,7 +21,7 @@ def uniforms(seed, step, indices, shape):
 
     A function of its arguments alone, so thoughts depend neither on the micro-batch size nor on the number of ranks.
     """
-    draws = [np.random.default_rng([seed, step, int(index)]).random(shape, dtype=np.float32) for index in indices]
+    draws = [np.random.default_rng([seed, step, int(index), THOUGHTS]).random(shape, dtype=np.float32) for index in indices]
     return torch.from_numpy(np.stack(draws))
 
 
@@ -82,6 +85,11 @@ class QuietStar(nn.Module):
             for p in (layer.weight, layer.bias):
                 p.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) * layer.in_features**-0.5)  # as torch does
         self.mixing_head[4].weight.zero_()
+
+    def text_states(self, text, docs):
+        """Hidden states (B, N, D) of text (B, N) alone; docs (B, >= N)."""
+        positions = torch.arange(text.shape[1], device=text.device)
+        return self.lm(text, positions, dense(text_mask(docs[:, :text.shape[1]])))
 
     @torch.no_grad()
     def rollout(self, text, docs, uniforms):

@@ -27,6 +27,12 @@ class Qwen2Config:
     rms_norm_eps: float = 1e-6
     attention_bias: bool = True  # Q, K and V have biases in Qwen2 and none in Mistral
     tie_word_embeddings: bool = True
+    sliding_window: int | None = None  # Mistral's; ours attends without one, so contexts must not be longer
+
+    @property
+    def max_context(self):
+        """RoPE positions for which the computation is right: up to what was trained, up to the sliding window."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
 
 class KVCache:

@@ -1,0 +1,385 @@
+"""python train.py [CONFIG] [--key value ..]: trains a language model to think before every token.
+
+CONFIG is a preset (`python train.py configs` lists them; default tiny) or the path of a saved config.json.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from configs import ConfigError, TrainConfig, help_text, list_presets, load_config, parse_options
+from data import fold
+from nanoqstar import InputError, hf
+from nanoqstar.data import TokenDataset, write_dataset
+from nanoqstar.evaluate import score_text, summarize
+from nanoqstar.objective import Valid, language_model_loss, quiet_star_loss
+from nanoqstar.quietstar import QuietStar, uniforms
+from nanoqstar.qwen2 import Qwen2, Qwen2Config
+
+MAX_SKIPPED = 5  # non-finite steps in a row that stop a run
+
+
+# ---- one update
+
+
+def train_step(model, optimizer, data, step, cfg, sampler):
+    """One optimizer update; everything random is a function of (seed, step, global sample index).
+
+    Returns the means of the update's losses and statistics (device tensors) and the gradient norm.
+    """
+    device, totals = model.lm.head_weight.device, {}
+    micro = [range(first, first + cfg.batch_size) for first in range(0, cfg.batch_size * cfg.grad_accum, cfg.batch_size)]
+    batches = [data.batch(cfg.seed, step, index, cfg.max_length + cfg.n_ahead_talk) for index in micro]
+    counts = sum(Valid.from_docs(docs, cfg.n_ahead_talk).counts() for _, docs in batches).to(device)  # of the whole update
+    for index, (text, docs) in zip(micro, batches, strict=True):
+        text, docs = text.to(device, non_blocking=True), docs.to(device, non_blocking=True)
+        with autocast(device):
+            if cfg.n_ahead == 0:
+                hidden = model.text_states(text[:, :cfg.max_length], docs)
+                loss, nll = language_model_loss(hidden, model.lm.head_weight, text, docs, counts[0])
+                parts = {"nll_base": nll}
+            else:
+                u = uniforms(cfg.seed, step, index, (cfg.n_passes, cfg.max_length, cfg.n_ahead - 2)).to(device)
+                thoughts, thought_lp = sampler(text, docs, u)  # (B, P, T, S), no grad
+                states = model.score(text, docs, thoughts)  # one packed forward, with grad
+                loss, parts = quiet_star_loss(
+                    states, model.lm.head_weight, text, thoughts, Valid.from_docs(docs, cfg.n_ahead_talk), counts,
+                    base_weight=cfg.base_weight, mixed_weight=cfg.mixed_weight, policy_weight=cfg.policy_weight,
+                    clamp_advantage=cfg.clamp_advantage, normalize_advantage=cfg.normalize_advantage,
+                    reinforce_temperature=cfg.reinforce_temperature, banned=model.banned)
+                parts |= {"reward": parts["reward"].mean() / cfg.grad_accum,
+                          "positive": (parts["advantage"] > 0).float().mean() / cfg.grad_accum,
+                          "mix": states.mix.detach().mean() / cfg.grad_accum,
+                          "entropy": -thought_lp.mean() / cfg.grad_accum}
+        loss.backward()  # already divided by the update's counts
+        for key in ("nll_base", "nll_mixed", "policy", "reward", "positive", "mix", "entropy"):
+            if key in parts:
+                totals[key] = totals.get(key, 0.0) + parts[key]
+    grad_norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], cfg.grad_clip)
+    if grad_norm.isfinite():  # the one synchronisation of a step; a bad step is skipped
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg) * group["lr_factor"]
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return totals, grad_norm
+
+
+def autocast(device):
+    """bf16 products over fp32 master weights on a GPU; plain fp32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def learning_rate(step, cfg):
+    """Linear warmup, then constant, or a cosine down to a tenth."""
+    warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    if cfg.schedule == "constant":
+        return cfg.learning_rate * warm
+    done = max(0, step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
+    return cfg.learning_rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def make_optimizer(model, cfg):
+    """Fused AdamW: matrices decay, norms and biases do not, start and end have their own rate (paper appendix)."""
+    model.requires_grad_(True)
+    if cfg.trainable != "all":
+        model.lm.requires_grad_(False)
+    if cfg.trainable == "mixing_head" or cfg.n_ahead == 0:
+        model.start_embedding.requires_grad_(False)
+        model.end_embedding.requires_grad_(False)
+    if cfg.n_ahead == 0:
+        model.mixing_head.requires_grad_(False)
+    delimiters = {id(model.start_embedding), id(model.end_embedding)}
+    learning = [p for p in model.parameters() if p.requires_grad]
+    ordinary = [p for p in learning if id(p) not in delimiters]
+    factor = cfg.embedding_lr_factor
+    groups = [
+        {"params": [p for p in ordinary if p.dim() > 1], "weight_decay": cfg.weight_decay, "lr_factor": 1.0},
+        {"params": [p for p in ordinary if p.dim() == 1], "weight_decay": 0.0, "lr_factor": 1.0},
+        {"params": [p for p in learning if id(p) in delimiters], "weight_decay": cfg.weight_decay / factor,
+         "lr_factor": factor}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(0.9, cfg.beta2), fused=True)
+
+
+def thought_sampler(model, cfg, tokenizer):
+    """Where thoughts come from: the model, or in a control experiment the tokens of a text, uniformly."""
+    if cfg.thoughts_from is None:
+        return model.rollout
+    ids = torch.tensor(encode(tokenizer, cfg.thoughts_from, "thoughts_from"))
+
+    def draw(text, docs, u):
+        return ids.to(u.device)[(u * len(ids)).long()], torch.full_like(u, -math.log(len(ids)))
+    return draw
+
+
+# ---- the loop
+
+
+def train(model, splits, cfg, log, tokenizer, phase):
+    """max_steps updates with evaluations, logging and checkpoints along the way; phase: 'pretrain' or 'think'."""
+    optimizer, sampler = make_optimizer(model, cfg), thought_sampler(model, cfg, tokenizer)
+    bar = tqdm(range(cfg.max_steps), desc=phase, unit="step", disable=None, dynamic_ncols=True)
+    skipped = in_a_row = 0
+    clock, clock_step = time.perf_counter(), 0
+    for step in bar:
+        if phase == "think" and step % cfg.eval_every == 0:
+            evaluate(model, splits["val"], cfg, log, tokenizer, sampler, step)
+            clock, clock_step = time.perf_counter(), step
+        totals, grad_norm = train_step(model, optimizer, splits["train"], step, cfg, sampler)
+        in_a_row = 0 if grad_norm.isfinite() else in_a_row + 1
+        skipped += in_a_row > 0
+        if in_a_row == MAX_SKIPPED:
+            raise InputError(f"the gradient was not finite {MAX_SKIPPED} updates in a row (step {step}): lower learning_rate or "
+                             "policy_weight; the last checkpoint is untouched")
+        done = step + 1
+        if done % cfg.log_every == 0 or done == cfg.max_steps:
+            seconds = (time.perf_counter() - clock) / (done - clock_step)
+            clock, clock_step = time.perf_counter(), done
+            record = {k: float(v) for k, v in totals.items()}
+            tokens = cfg.batch_size * cfg.grad_accum * cfg.max_length
+            log.write(phase, done, **record, grad_norm=float(grad_norm), learning_rate=learning_rate(step, cfg),
+                      seconds=seconds, tokens_per_second=tokens / seconds, skipped=skipped)
+            shown = "  ".join(f"{k[4:] if k.startswith('nll_') else k} {v:.3f}" for k, v in record.items())
+            log.say(f"{phase} {done:5d}/{cfg.max_steps}  {shown}  gnorm {grad_norm:.2f}  lr {learning_rate(step, cfg):.1e}  "
+                    f"{seconds * 1e3:.0f} ms  {tokens / seconds:.0f} tok/s" + f"  skipped {skipped}" * (skipped > 0),
+                    quiet=phase == "pretrain" and done % (cfg.log_every * 10))
+        if phase == "think" and done % cfg.save_every == 0 and done < cfg.max_steps:
+            log.save(model, done)
+
+
+def evaluate(model, val, cfg, log, tokenizer, sampler, step):
+    """Scores the same val windows every time, logs the summary and shows a few positions with their thoughts."""
+    text, docs = val.evenly(cfg.eval_windows, cfg.max_length + cfg.n_ahead_talk)
+    is_fold = cfg.data == "fold"
+    with autocast(model.lm.head_weight.device):
+        scores = score_text(model, text, docs, cfg.n_ahead, cfg.n_ahead_talk, seed=cfg.seed, batch_size=cfg.batch_size,
+                            sampler=sampler, choices=range(len(fold.LETTERS)) if is_fold else None)
+    summary, places = summarize(scores), [(0, i) for i in (cfg.max_length // 4, cfg.max_length // 2, cfg.max_length - 1)]
+    if is_fold:
+        answers, places = fold.measure(scores, cfg.seed, cfg.fold_operands)
+        summary |= {"answers": answers}
+    log.write("eval", step, **summary)
+    line = f"eval at {step}: nll {summary['nll_base']:.3f} -> {summary['nll_mixed']:.3f} with thoughts"
+    if is_fold and "direct" in summary["answers"]:
+        direct, kinds = summary["answers"]["direct"], summary["answers"]["thoughts"]
+        line += (f", direct answers right {direct['accuracy_base']:.0%} -> {direct['accuracy_mixed']:.0%}; thoughts: "
+                 + ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items()))
+    log.say(line)
+    if cfg.n_ahead:
+        for n, i in places:
+            context, thought, target = (tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in (
+                text[n, max(0, i - 15):i + 1], scores.thoughts[n, i], text[n, i + 1:i + 2]))
+            log.say(f"  {context[-24:]!r:>28} thinks {thought!r}, then {target!r}: p {scores.base_lp[n, i].exp():.2f} -> "
+                    f"{scores.mixed_lp[n, i].exp():.2f}")
+    return summary
+
+
+# ---- setting up
+
+
+def prepare_fold(cfg, folder):
+    """The embedded corpus as a prepared folder: one document a split."""
+    make = dict(operands=cfg.fold_operands, worked=cfg.fold_worked_frac, restated=cfg.fold_restated_frac)
+    n_val = cfg.eval_windows * (cfg.max_length + cfg.n_ahead_talk)
+    splits = {split: [fold.encode(fold.make_text(cfg.seed, split, n, **make))]
+              for split, n in (("train", cfg.fold_tokens), ("val", n_val))}
+    write_dataset(folder, fold.tokenizer_json(), len(fold.VOCABULARY), None, splits, {"corpus": "fold", "seed": cfg.seed, **make})
+
+
+def encode(tokenizer, text, name):
+    """Ids of a setting's text; an InputError where there are none."""
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise InputError(f"{name}: the tokenizer cannot encode {text!r} ({error})") from None
+    if not ids:
+        raise InputError(f"{name}: {text!r} has no tokens under this tokenizer; choose another text")
+    return ids
+
+
+def build_model(cfg, tokenizer_path, device):
+    """The model to start from, on its device in fp32, and whether it is new (to be pre-trained first)."""
+    tokenizer, thoughts = Tokenizer.from_file(str(tokenizer_path)), None
+    if cfg.model_path is None:
+        lm = Qwen2(Qwen2Config(
+            vocab_size=tokenizer.get_vocab_size(), hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
+            num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_kv_heads,
+            head_dim=cfg.hidden_size // cfg.n_heads, max_position_embeddings=max(2048, 2 * cfg.max_length), rope_theta=1e4))
+        lm.init_weights(cfg.init_std, cfg.embedding_std, cfg.seed)
+        lm = lm.to(device)
+    else:
+        lm, thoughts, folder = hf.load(cfg.model_path, device)
+        if hf.load_tokenizer(folder).to_str() != tokenizer.to_str():
+            raise InputError(f"{tokenizer_path} is not the tokenizer of {cfg.model_path}: prepare the data again with "
+                             f"--tokenizer {cfg.model_path}")
+    positions = cfg.max_length + cfg.n_ahead_talk + cfg.n_ahead
+    if positions > lm.config.max_position_embeddings:
+        raise InputError(f"max_length={cfg.max_length} with its thoughts needs {positions} positions, but the model has "
+                         f"{lm.config.max_position_embeddings}: lower max_length")
+    model = QuietStar(lm, cfg.thought_temperature, hf.unknown_ids(tokenizer, lm.config.vocab_size)).to(device)
+    return model, thoughts, tokenizer
+
+
+def init_thoughts(model, thoughts, cfg, tokenizer):
+    """Start, end and mixing head of an earlier run where there are any, else fresh ones."""
+    start, end = (encode(tokenizer, getattr(cfg, name), name) for name in ("start_init_text", "end_init_text"))
+    model.init_thoughts(start, end, cfg.seed)
+    if thoughts is not None:
+        model.load_state_dict(thoughts, strict=False)
+
+
+def speed_up(model, cfg, device):
+    """Activation checkpointing and torch.compile, block by block."""
+    layers = model.lm.model.layers
+    if cfg.checkpointing:
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+        for i, block in enumerate(layers):
+            layers[i] = checkpoint_wrapper(block)
+    if cfg.compile or cfg.compile is None and device.type == "cuda":
+        compiler = shutil.which(os.environ.get("CXX", "g++")) if device.type == "cpu" else shutil.which("cc")
+        if compiler is None:
+            if cfg.compile:
+                raise InputError("compile=true needs a C++ compiler and none is found: install g++, or set --compile false")
+            print("no C compiler is found, so blocks run uncompiled: install gcc for speed")
+            return
+        for block in layers:
+            block.compile(dynamic=False)
+
+
+class RunLog:
+    """The run's folder: config.json, metrics.jsonl, checkpoint/; and what is said while it runs."""
+
+    def __init__(self, out, cfg, tokenizer_json):
+        self.out, self.cfg, self.tokenizer_json, self.start = out, cfg, tokenizer_json, time.perf_counter()
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+        self.metrics = open(out / "metrics.jsonl", "w")
+        self.wandb = None
+        if cfg.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise InputError("wandb is not installed: pip install -e '.[wandb]', or leave --wandb out") from None
+            self.wandb = wandb.init(project="nanoqstar", name=out.name, config=dataclasses.asdict(cfg))
+
+    def write(self, kind, step, **values):
+        self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self.metrics.flush()
+        if self.wandb:
+            self.wandb.log({f"{kind}/{k}": v for k, v in values.items()})
+
+    def say(self, line, quiet=False):
+        if not quiet:
+            tqdm.write(line)
+
+    def save(self, model, step):
+        hf.save(self.out / "checkpoint", model, self.tokenizer_json, {"step": step, "config": dataclasses.asdict(self.cfg)})
+
+
+def new_folder(cfg, name):
+    """The run's folder, made now; never one that holds another run."""
+    if cfg.out_dir is not None:
+        out = Path(cfg.out_dir)
+        if (out / "config.json").exists():
+            raise InputError(f"{out} already holds a run: choose another --out_dir, or delete it")
+    else:
+        base = Path("out") / (name if cfg.model_path is None or cfg.n_ahead else f"{name}-text")
+        out = next(p for n in range(1, 10**6) if not (p := base if n == 1 else base.with_name(f"{base.name}-{n}")).exists())
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def pick_device(cfg):
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = cfg.device if cfg.device != "auto" else next(n for n, there in available.items() if there)
+    if not available[name]:
+        raise InputError(f"device {name} is not available here: use --device auto")
+    return torch.device(name)
+
+
+def run(name, cfg):
+    """Everything a configuration asks for; returns the run's folder."""
+    device = pick_device(cfg)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.set_float32_matmul_precision("high")
+    if cfg.data != "fold":
+        TokenDataset(cfg.data, "train")  # a bad folder is refused before anything is made
+    out = new_folder(cfg, name)
+    data = Path(cfg.data)
+    if cfg.data == "fold":
+        data = out / "data"
+        prepare_fold(cfg, data)
+    splits = {split: TokenDataset(data, split) for split in ("train", "val")}
+    model, thoughts, tokenizer = build_model(cfg, splits["train"].tokenizer_path, device)
+    init_thoughts(model, thoughts, cfg, tokenizer)
+    speed_up(model, cfg, device)
+    log = RunLog(out, cfg, tokenizer.to_str())
+    log.say(f"{out}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, {splits['train'].n_tokens:,} training tokens, "
+            f"{device}, {torch.get_num_threads()} threads")
+    if cfg.model_path is None and cfg.pretrain_steps:
+        train(model, splits, dataclasses.replace(
+            cfg, n_ahead=0, trainable="all", max_steps=cfg.pretrain_steps, batch_size=cfg.pretrain_batch_size, grad_accum=1,
+            learning_rate=cfg.pretrain_learning_rate, warmup_steps=30, schedule="cosine", beta2=0.99, weight_decay=0.01,
+        ), log, tokenizer, "pretrain")
+        init_thoughts(model, thoughts, cfg, tokenizer)  # from the embeddings as they are now
+        hf.save(out / "base", model.lm, tokenizer.to_str(), {"pretrain_steps": cfg.pretrain_steps})
+    train(model, splits, cfg, log, tokenizer, "think" if cfg.n_ahead else "text")
+    summary = evaluate(model, splits["val"], cfg, log, tokenizer, thought_sampler(model, cfg, tokenizer), cfg.max_steps)
+    log.save(model, cfg.max_steps)
+    seconds = time.perf_counter() - log.start
+    log.write("end", cfg.max_steps, seconds=seconds)
+    print(table(summary))
+    print(f"{seconds:.0f} s in all. Try it: python sample.py --model_path {out}")
+    return out
+
+
+def table(summary):
+    """What the run ends with: base beside thoughts."""
+    rows = [("", "base", "thoughts")]
+    for style in ("direct", "restated", "worked"):
+        if style in summary.get("answers", {}):
+            a = summary["answers"][style]
+            rows.append((f"{style} answers right (held out, n={a['n']})", f"{a['accuracy_base']:.1%}", f"{a['accuracy_mixed']:.1%}"))
+            rows.append((f"{style} answers, NLL", f"{a['nll_base']:.3f}", f"{a['nll_mixed']:.3f}"))
+    rows.append(("all tokens, NLL", f"{summary['nll_base']:.4f}", f"{summary['nll_mixed']:.4f}"))
+    lines = ["", *(f"{what:44}{base:>10}{mixed:>10}" for what, base, mixed in rows)]
+    if "answers" in summary and "direct" in summary["answers"]:
+        a = summary["answers"]
+        lines += [f"mixing weight: {a['direct']['mix']:.2f} on direct answers, {a['mix_elsewhere']:.2f} off the answers",
+                  "thoughts before direct answers: " + ", ".join(f"{k} {v:.0%}" for k, v in a["thoughts"].items())]
+    if summary.get("gain_by_decile"):
+        lines.append("gain by decile of base NLL (easy to hard): " + " ".join(f"{g:+.3f}" for g in summary["gain_by_decile"]))
+        lines.append(f"mean gain {summary['gain']:+.4f} +- {2 * summary['gain_stderr']:.4f} (2 standard errors) nats a token")
+    return "\n".join(lines)
+
+
+def main(args):
+    usage = __doc__.strip()
+    if "--help" in args or "-h" in args:
+        print(help_text(TrainConfig, usage))
+        return
+    if args[:1] == ["configs"]:
+        print(list_presets())
+        return
+    try:
+        name, cfg = load_config(args.pop(0) if args and not args[0].startswith("--") else "tiny")
+        cfg = dataclasses.replace(cfg, **parse_options(TrainConfig, args))
+        run(name, cfg)
+    except (ConfigError, InputError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the last checkpoint in the run's folder is whole", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
