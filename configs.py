@@ -244,3 +244,34 @@ def list_presets():
     lines = [f"{'config':18}{'hardware':24}{'resident memory':24}purpose"]
     lines += [f"{name:18}{p.hardware:24}{p.memory:24}{p.purpose}" for name, p in PRESETS.items()]
     return "\n".join([*lines, "", "Resident memory: fp32 master weights, gradients and two Adam moments, 16 bytes a parameter."])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    prompt: str | None = setting(None, "text to continue; none: ask for prompts, one after the other")
+    model_path: str | None = setting(None, "a run's folder, a checkpoint, a model folder or a Hub id; none: the newest run in out/")
+    max_new_tokens: int = setting(100, "tokens to write")
+    temperature: float = setting(1.0, "of the text; 0: always the likeliest token")
+    top_k: int | None = setting(None, "draw from the k likeliest tokens only")
+    top_p: float | None = setting(None, "draw from the fewest tokens whose probabilities reach p")
+    seed: int = setting(0, "of thoughts and text")
+    n_ahead: int | None = setting(None, "tokens of a thought, start and end included; none: as trained")
+    no_thoughts: bool = setting(False, "the base model alone")
+    show_thoughts: bool = setting(False, "print each token's thought before it")
+    device: Literal["auto", "cuda", "mps", "cpu"] = setting("auto", "auto: the first of cuda, mps, cpu there is")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            check_type(f, getattr(self, f.name))
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature={self.temperature}: must not be negative")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k={self.top_k}: must be at least 1, or none")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p}: must lie in (0, 1], or none")
+        if self.n_ahead is not None and self.n_ahead < 3:
+            raise ConfigError(f"n_ahead={self.n_ahead}: a thought has at least 3 tokens; --no_thoughts does without")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must not be negative")

@@ -296,9 +296,10 @@ def new_folder(cfg, name):
     return out
 
 
-def pick_device(cfg):
+def pick_device(wanted):
+    """The torch device of a `device` setting."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = cfg.device if cfg.device != "auto" else next(n for n, there in available.items() if there)
+    name = wanted if wanted != "auto" else next(n for n, there in available.items() if there)
     if not available[name]:
         raise InputError(f"device {name} is not available here: use --device auto")
     return torch.device(name)
@@ -306,7 +307,7 @@ def pick_device(cfg):
 
 def run(name, cfg):
     """Everything a configuration asks for; returns the run's folder."""
-    device = pick_device(cfg)
+    device = pick_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.set_float32_matmul_precision("high")

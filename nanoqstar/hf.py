@@ -128,8 +128,8 @@ def read_config(folder):
         tie_word_embeddings=get("tie_word_embeddings", bool, False),
         sliding_window=window if window < positions else None)
     if heads % config.num_key_value_heads or config.head_dim % 2:
-        raise InputError(f"{file}: {heads} attention heads must be a multiple of {config.num_key_value_heads} key/value "
-                         f"heads, and head_dim {config.head_dim} even")
+        raise InputError(f"{file}: {heads} attention heads must be a multiple of {config.num_key_value_heads} "
+                         f"key/value heads, and head_dim {config.head_dim} even")
     return config
 
 

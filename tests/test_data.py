@@ -15,7 +15,8 @@ DOCUMENTS = [[5, 6, 7], [8], list(range(10, 30))]
 @pytest.fixture
 def folder(tmp_path):
     path = tmp_path / "words"
-    write_dataset(path, '{"any": "tokenizer"}', 100, None, {"train": DOCUMENTS, "val": [np.arange(7)]}, {"name": "test"})
+    splits = {"train": DOCUMENTS, "val": [np.arange(7)]}
+    write_dataset(path, '{"any": "tokenizer"}', 100, None, splits, {"name": "test"})
     return path
 
 

@@ -167,7 +167,8 @@ def test_a_tokenizer_that_would_cut_pad_or_add_does_not(run, tmp_path, tokenizer
     meddling.add_special_tokens(["</s>"])
     meddling.save(str(tmp_path / "meddling.json"))
     write_jsonl(tmp_path / "a.jsonl", sentences(1, 50))
-    assert run("--input", tmp_path / "a.jsonl", "--tokenizer", tmp_path / "meddling.json", "--val_fraction", 0.3)[0] == 0
+    args = ("--input", tmp_path / "a.jsonl", "--tokenizer", tmp_path / "meddling.json", "--val_fraction", 0.3)
+    assert run(*args)[0] == 0
     assert sorted(both(tmp_path / "out")) == sorted(sentences(1, 50))
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "meddling.json").read_bytes()
 
@@ -229,9 +230,9 @@ def test_too_little_text_for_the_asked_entries_goes_on(run, tmp_path):
 
 def test_the_split_does_not_depend_on_the_order_of_files(run, tmp_path):
     texts = sentences(1, 90)
-    for folder, order in (("x", (0, 1, 2)), ("y", (2, 0, 1))):
-        for name, part in zip("abc", order):
-            write_jsonl(tmp_path / folder / f"{name}.jsonl", texts[part * 30:part * 30 + 30][::1 if folder == "x" else -1])
+    for folder, order in (("x", texts), ("y", texts[::-1])):
+        for i in range(3):
+            write_jsonl(tmp_path / folder / f"{i}.jsonl", order[i * 30:i * 30 + 30])
         assert run("--input", tmp_path / folder, "--val_fraction", 0.25, out=f"out-{folder}")[0] == 0
     for split in ("train", "val"):
         x, y = texts_of(tmp_path / "out-x", split), texts_of(tmp_path / "out-y", split)
@@ -287,7 +288,7 @@ def test_a_killed_run_continues_to_the_same_bytes(run, three_files, tmp_path, mo
     tokenized.clear()
     status, out, _ = run(*three_files)
     assert status == 0 and "already prepared" in out and not tokenized
-    refused(run(*three_files, "--val_fraction", 0.3), "was begun with val_fraction 0.2, now it is 0.3", "delete", "--out")
+    refused(run(*three_files, "--val_fraction", 0.3), "begun with val_fraction 0.2, now it is 0.3", "delete", "--out")
 
 
 @pytest.mark.parametrize("when", ["before the first batch", "after the last batch"])
@@ -308,7 +309,7 @@ def test_a_leftover_of_other_arguments_or_input_is_refused(run, three_files, tmp
         raise KeyboardInterrupt
     monkeypatch.setattr(DatasetWriter, "finish", stop)
     assert run(*three_files)[0] == 130
-    refused(run(*three_files, "--max_tokens", 7), "out.partial was begun with max_tokens 200000000, now it is 7", "delete")
+    refused(run(*three_files, "--max_tokens", 7), "out.partial was begun with max_tokens 200000000, now it is 7")
     with open(tmp_path / "in" / "2.jsonl", "a") as file:
         file.write('{"text": "one more"}\n')
     refused(run(*three_files), "was begun with bytes", "delete")
@@ -337,7 +338,7 @@ def test_wrong_inputs_are_named(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out.partial").exists()  # so that the next --val_fraction meets no leftover
     (tmp_path / "nothing").mkdir()
     refused(run("--input", tmp_path / "nothing"), "nothing holds no .txt, .jsonl, .parquet")
-    refused(run("--input", tmp_path / "one.txt", "--val_fraction", 0.999999), "the train split got no document", "lower")
+    refused(run("--input", tmp_path / "one.txt", "--val_fraction", 0.999999), "train split got no document", "lower")
     refused(given("bad.parquet", b"PAR1 no"), "bad.parquet is not a readable parquet file")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused(run("--input", tmp_path / "bad.parquet"), "needs pyarrow: pip install -e '.[data]'")
@@ -359,8 +360,8 @@ def test_wrong_tokenizers_are_named(run, tmp_path):
     refused(run("--input", text, "--tokenizer", tmp_path / "model"), "there is no tokenizer.json in", "model")
     (tmp_path / "model" / "tokenizer.json").write_text('{"version": "1.0"')
     refused(run("--input", text, "--tokenizer", tmp_path / "model"), "not a file of the tokenizers library")
-    Tokenizer.from_str(json.dumps({"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}})
-                       ).save(str(tmp_path / "model" / "tokenizer.json"))
+    no_end = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(no_end))
     refused(run("--input", text, "--tokenizer", tmp_path / "model"), "has no end-of-text token (<|endoftext|>, </s>")
 
 
@@ -427,6 +428,19 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+SEVERAL = """
+import contextlib, io, json, sys
+from data import prepare
+
+results = []
+for argv in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = prepare.main(argv)
+    results.append((status, out.getvalue(), err.getvalue()))
+print(json.dumps(results))
+"""
+
+
 @pytest.fixture
 def hub(tmp_path, tokenizer):
     """Starts a Hub; returns a function that runs the command against it in a process of its own."""
@@ -448,13 +462,20 @@ def hub(tmp_path, tokenizer):
                 write_jsonl(local, texts)
             Hub.files[f"/datasets/{dataset}/resolve/{SHA}/{name}"] = local.read_bytes()
 
-    def command(*args, out="out", **env):
-        args = ["--tokenizer", "acme/model", "--out", str(tmp_path / out), "--val_fraction", "0.3", *map(str, args)]
+    def commands(*lists, **env):
+        """Runs the command once for each list of arguments; returns statuses, outputs and errors."""
+        lists = [["--tokenizer", "acme/model", "--out", str(tmp_path / "out"), "--val_fraction", "0.3", *map(str, args)]
+                 for args in lists]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "",
                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "NO_PROXY": "127.0.0.1", **env}
-        done = subprocess.run([sys.executable, "data/prepare.py", *args], cwd=ROOT, env=env, capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
+        done = subprocess.run([sys.executable, "-c", SEVERAL, json.dumps(lists)], cwd=ROOT, env=env, check=True,
+                              capture_output=True, text=True)
+        return [tuple(result) for result in json.loads(done.stdout)]
 
+    def command(*args, **env):
+        return commands(args, **env)[0]
+
+    command.several = commands
     command.add = add
     yield command
     server.shutdown()
@@ -482,7 +503,7 @@ def test_hub_parquet_by_config(hub, tmp_path):
 
     Hub.asked.clear()
     assert hub()[0] == 0 and not Hub.asked  # finished: nothing is asked
-    assert hub("--max_tokens", 300, out="cut")[0] == 0 and fetched() == []  # from the cache, of the pinned revision
+    assert hub("--max_tokens", 300, "--out", tmp_path / "cut")[0] == 0 and fetched() == []  # from the cache, as pinned
     assert {text.split("-")[0] for text in both(tmp_path / "cut")} == {"0"}
     assert not any("001_" in path for _, path in Hub.asked)  # files past --max_tokens are not even asked for
 
@@ -501,17 +522,22 @@ def test_hub_errors_are_one_sentence(hub, tmp_path):
                                                           {"split": "test", "path": "a.jsonl"}]}])
     hub.add("acme/csv", {"a.csv": sentences(1, 5)})
     local = write_jsonl(tmp_path / "local.jsonl", sentences(1, 50))
-    refused(hub("--dataset_name", "acme/gated"), "the dataset acme/gated", "HF_TOKEN", "`hf auth login`")
-    refused(hub("--input", local, "--tokenizer", "acme/forbidden"), "the tokenizer acme/forbidden", "`hf auth login`")
-    refused(hub("--dataset_name", "acme/absent"), "no such thing as the dataset acme/absent", "--input")
-    refused(hub("--input", local, "--tokenizer", "acme/absent"), "no such thing as the tokenizer acme/absent", "train:")
-    refused(hub("--dataset_name", "acme/broken"), "answered 418 for the dataset acme/broken")
-    refused(hub("--dataset_name", "acme/two", "--dataset_subset", "fr"), "no subset 'fr'", "en, test")
-    refused(hub("--dataset_name", "acme/two", "--dataset_subset", "test"), "has no train split, only test")
-    refused(hub("--dataset_name", "acme/csv"), "has no .parquet, .jsonl")
+    expected = [
+        (["--dataset_name", "acme/gated"], "the dataset acme/gated", "HF_TOKEN", "`hf auth login`"),
+        (["--input", local, "--tokenizer", "acme/gated"], "the tokenizer acme/gated", "HF_TOKEN", "`hf auth login`"),
+        (["--input", local, "--tokenizer", "acme/forbidden"], "the tokenizer acme/forbidden", "`hf auth login`"),
+        (["--dataset_name", "acme/absent"], "no such thing as the dataset acme/absent", "--input"),
+        (["--input", local, "--tokenizer", "acme/absent"], "no such thing as the tokenizer acme/absent", "train:4096"),
+        (["--input", local, "--tokenizer", "./no/such/folder"], "./no/such/folder", "train:4096"),
+        (["--dataset_name", "acme/broken"], "answered 418 for the dataset acme/broken"),
+        (["--dataset_name", "acme/two", "--dataset_subset", "fr"], "no subset 'fr'", "en, test"),
+        (["--dataset_name", "acme/two", "--dataset_subset", "test"], "has no train split, only test"),
+        (["--dataset_name", "acme/csv"], "has no .parquet, .jsonl"),
+    ]
+    for result, (_, *words) in zip(hub.several(*(args for args, *_ in expected)), expected, strict=True):
+        refused(result, *words)
     refused(hub(HF_ENDPOINT="http://127.0.0.1:9"), "cannot be fetched", "check the network", "--input")
     refused(hub("--input", local, HF_HUB_OFFLINE="1"), "the tokenizer acme/model cannot be fetched", "train:4096")
-    refused(hub("--input", local, "--tokenizer", "./no/such/folder"), "./no/such/folder", "train:4096")
 
 
 def test_train_patterns_in_every_form():

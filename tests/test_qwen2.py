@@ -109,19 +109,16 @@ def test_config_of_older_transformers(pair, tmp_path):
     assert load(tmp_path)[0].config == ours.config
 
 
-def row_scale_error(out, exact):
-    """Worst |least-squares scale - 1| of a row: roundings of single elements average out, a wrong statistic does not."""
-    scale = (out.double() * exact).sum(-1) / (exact * exact).sum(-1)
-    return (scale - 1).abs().max().item()
-
-
 def test_norm_statistics_are_fp32_in_bf16():
-    x = (torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 64)[:, None]).bfloat16()
-    norm = RMSNorm(4096, 1e-6)
+    """All but a few elements are the exact result, rounded once."""
+    x = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 64)[:, None]
+    x = x.bfloat16()
     exact = x.double() * (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
     bf16_statistics = x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
-    assert norm(x).dtype == torch.bfloat16
-    assert row_scale_error(norm(x), exact) < 2e-4 < 1e-3 < row_scale_error(bf16_statistics, exact)
+
+    def misrounded(out):
+        return (out != exact.bfloat16()).double().mean().item()
+    assert misrounded(RMSNorm(4096, 1e-6)(x)) < 1e-3 < 0.1 < misrounded(bf16_statistics)
 
 
 @pytest.mark.parametrize("masked", [False, True])
