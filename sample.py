@@ -9,8 +9,8 @@ import torch
 from configs import ConfigError, SampleConfig, help_text, parse_options
 from nanoqstar import InputError, hf
 from nanoqstar.quietstar import QuietStar
+from nanoqstar.runtime import autocast, pick_device
 from nanoqstar.sampling import generate
-from train import autocast, pick_device
 
 
 def newest_run():

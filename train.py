@@ -6,8 +6,6 @@ CONFIG is a preset (`python train.py configs` lists them; default tiny) or the p
 import dataclasses
 import json
 import math
-import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ from nanoqstar.evaluate import score_text, summarize
 from nanoqstar.objective import Valid, language_model_loss, quiet_star_loss
 from nanoqstar.quietstar import QuietStar, uniforms
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
+from nanoqstar.runtime import autocast, pick_device, speed_up
 
 MAX_SKIPPED = 5  # non-finite steps in a row that stop a run
 
@@ -71,11 +70,6 @@ def train_step(model, optimizer, data, step, cfg, sampler):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return totals, grad_norm
-
-
-def autocast(device):
-    """bf16 products over fp32 master weights on a GPU; plain fp32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def learning_rate(step, cfg):
@@ -220,10 +214,7 @@ def build_model(cfg, tokenizer_path, device):
         if hf.load_tokenizer(folder).to_str() != tokenizer.to_str():
             raise InputError(f"{tokenizer_path} is not the tokenizer of {cfg.model_path}: prepare the data again with "
                              f"--tokenizer {cfg.model_path}")
-    positions = cfg.max_length + cfg.n_ahead_talk + cfg.n_ahead
-    if positions > lm.config.max_position_embeddings:
-        raise InputError(f"max_length={cfg.max_length} with its thoughts needs {positions} positions, but the model has "
-                         f"{lm.config.max_position_embeddings}: lower max_length")
+    hf.check_context(lm.config, cfg.max_length + cfg.n_ahead_talk + cfg.n_ahead)
     model = QuietStar(lm, cfg.thought_temperature, hf.unknown_ids(tokenizer, lm.config.vocab_size)).to(device)
     return model, thoughts, tokenizer
 
@@ -234,24 +225,6 @@ def init_thoughts(model, thoughts, cfg, tokenizer):
     model.init_thoughts(start, end, cfg.seed)
     if thoughts is not None:
         model.load_state_dict(thoughts, strict=False)
-
-
-def speed_up(model, cfg, device):
-    """Activation checkpointing and torch.compile, block by block."""
-    layers = model.lm.model.layers
-    if cfg.checkpointing:
-        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-        for i, block in enumerate(layers):
-            layers[i] = checkpoint_wrapper(block)
-    if cfg.compile or cfg.compile is None and device.type == "cuda":
-        compiler = shutil.which(os.environ.get("CXX", "g++")) if device.type == "cpu" else shutil.which("cc")
-        if compiler is None:
-            if cfg.compile:
-                raise InputError("compile=true needs a C++ compiler and none is found: install g++, or set --compile false")
-            print("no C compiler is found, so blocks run uncompiled: install gcc for speed")
-            return
-        for block in layers:
-            block.compile(dynamic=False)
 
 
 class RunLog:
@@ -296,15 +269,6 @@ def new_folder(cfg, name):
     return out
 
 
-def pick_device(wanted):
-    """The torch device of a `device` setting."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = wanted if wanted != "auto" else next(n for n, there in available.items() if there)
-    if not available[name]:
-        raise InputError(f"device {name} is not available here: use --device auto")
-    return torch.device(name)
-
-
 def run(name, cfg):
     """Everything a configuration asks for; returns the run's folder."""
     device = pick_device(cfg.device)
@@ -321,7 +285,7 @@ def run(name, cfg):
     splits = {split: TokenDataset(data, split) for split in ("train", "val")}
     model, thoughts, tokenizer = build_model(cfg, splits["train"].tokenizer_path, device)
     init_thoughts(model, thoughts, cfg, tokenizer)
-    speed_up(model, cfg, device)
+    speed_up(model, device, cfg.checkpointing, cfg.compile)
     log = RunLog(out, cfg, tokenizer.to_str())
     log.say(f"{out}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, {splits['train'].n_tokens:,} training tokens, "
             f"{device}, {torch.get_num_threads()} threads")

@@ -62,9 +62,13 @@ def local_files(root, output):
         path for path in root.rglob("*") if path.is_file() and output not in path.parents
         and partial_folder(output) not in path.parents
         and not any(part.startswith(".") for part in path.relative_to(root).parts))
-    files = [path for path in found if file_kind(path.name) or is_text(path)]
+    # a .txt that is not UTF-8 is skipped among others; given alone, it is an error when read
+    checked = (None, "text") if root.is_dir() else (None,)
+    files = [path for path in found
+             if path.name.lower().endswith(".gz") and file_kind(path.name)
+             or file_kind(path.name) not in checked or is_text(path)]
     if len(files) < len(found):
-        print(f"skipped {len(found) - len(files)} of {len(found)} files: not text")
+        print(f"skipped {len(found) - len(files)} of {len(found)} files: binary, or not UTF-8")
     if not files:
         raise InputError(f"--input: {root} holds no .txt, .jsonl, .parquet or other text file")
     return [str(path) for path in files]
@@ -92,7 +96,7 @@ def hub_files(name, subset):
     """Revision and training files of a dataset's subset, by its card's configs or else by the folder of that name."""
     info = on_hub(lambda: HfApi().dataset_info(name), f"the dataset {name}", "give local text as --input")
     names = sorted(sibling.rfilename for sibling in info.siblings or [])
-    configs = {c["config_name"]: c for c in (info.card_data or {}).get("configs") or []}
+    configs = {c.get("config_name", "default"): c for c in (info.card_data or {}).get("configs") or []}
     if configs:
         if subset not in configs:
             raise InputError(f"{name} has no subset {subset!r}; --dataset_subset can be {', '.join(configs)}")
@@ -138,14 +142,11 @@ def read_documents(path, name, args):
             return
         with open(path, "rb") as raw, gzip.open(raw) if name.lower().endswith(".gz") else raw as file:
             size = Path(path).stat().st_size
-            # a .json may be JSON Lines, as on the Hub, or a file like any other
-            if kind == "jsonl" or kind == "json" and file.peek(1)[:1] == b"{" and is_object(file.readline()):
+            # a .json is JSON Lines, as on the Hub; but among the files of a folder it may be one like any other
+            if kind == "json" and args.input and args.input.is_dir():
+                kind = "jsonl" if has_field(file.readline(), args.text_field) else "text"
                 file.seek(0)
-                texts = read_jsonl(file, name, args)
-            else:
-                file.seek(0)
-                texts = read_text(file)
-            for text in texts:
+            for text in read_text(file) if kind in ("text", None) else read_jsonl(file, name, args):
                 yield raw.tell() / size, text
     except UnicodeDecodeError:
         raise InputError(f"{name} is not UTF-8 text: convert it (iconv -f latin1 -t utf-8) or leave it out") from None
@@ -153,11 +154,12 @@ def read_documents(path, name, args):
         raise InputError(f"{name} is not a whole .gz file: fetch or compress it again") from None
 
 
-def is_object(line):
+def has_field(line, field):
     try:
-        return isinstance(json.loads(line), dict)
+        record = json.loads(line)
     except ValueError:
         return False
+    return isinstance(record, dict) and field in record
 
 
 def read_text(file):
@@ -311,18 +313,19 @@ def encoded(tokenizer, docs):
 # --- the command -----------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
+    """Its complaints are one sentence, as all others are."""
+
     def error(self, message):
         raise InputError(f"{message} (--help lists the options)")
 
 
 def parse(argv):
-    def at_least(minimum):
-        def number(text):
-            value = int(text)
-            if value < minimum:
-                raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {value}")
-            return value
-        return number
+    def max_tokens(text):
+        if text == "none":
+            return None
+        if not text.replace("_", "").isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"must be at least 1, or none, not {text!r}")
+        return int(text)
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--input", type=Path, help=".txt, .jsonl, .parquet (the first two also .gz) or other text "
@@ -333,9 +336,8 @@ def parse(argv):
     parser.add_argument("--text_field", default="text", help="column or key of the text (default text)")
     parser.add_argument("--min_score", type=int, default=3, help="least int_score of a document, where the data has "
                         "int_score (default 3)")
-    parser.add_argument("--max_tokens", type=lambda text: None if text == "none" else at_least(1)(text),
-                        default=200_000_000, help="stop after the document that reaches this many, or none "
-                        "(default 200000000)")
+    parser.add_argument("--max_tokens", type=max_tokens, default=200_000_000, help="stop after the document that "
+                        "reaches this many; none takes all (default 200000000)")
     parser.add_argument("--val_fraction", type=float, default=0.01, help="share of documents held out (default 0.01)")
     parser.add_argument("--tokenizer", default="Qwen/Qwen2.5-3B", help="folder or Hub id with a tokenizer.json, or "
                         "train:N to train a byte-level BPE of N entries on the text (default Qwen/Qwen2.5-3B)")
@@ -412,7 +414,8 @@ def prepare(args):
             texts = (text for text in texts if split_of(text, args.val_fraction) == "train")
             tokenizer_json = train_tokenizer(args.n_entries, texts)
         else:
-            tokenizer_json = tokenizer_file(args).read_bytes().decode()
+            # what is not UTF-8 is kept for load_tokenizer to refuse
+            tokenizer_json = tokenizer_file(args).read_bytes().decode(errors="surrogateescape")
     tokenizer, end_of_text = load_tokenizer(tokenizer_json, args.tokenizer)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     writer = DatasetWriter(args.out, tokenizer_json, vocab_size, end_of_text, journal)
@@ -445,7 +448,8 @@ def prepare(args):
     writer.finish(arguments | ({"revision": revision} if revision else {}), args.val_fraction)
     for split, count in writer.counts.items():
         print(f"{split:5} {count['tokens']:13,} tokens in {count['documents']:9,} documents")
-    print(f"written to {args.out}; next: python train.py qwen2_5_3b --data_path {args.out}")
+    config = "tiny" if args.n_entries else "qwen2_5_3b"  # a new tokenizer needs a new model
+    print(f"written to {args.out}; next: python train.py {config} --data {args.out}")
 
 
 def main(argv=None):

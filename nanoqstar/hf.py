@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -24,7 +25,7 @@ from nanoqstar.qwen2 import Qwen2, Qwen2Config
 FILES = ["config.json", "tokenizer.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
          "quietstar.safetensors"]
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-PIECE = 2**22  # elements read at once
+PIECE = 2**20  # elements read at once; far larger buffers fragment the heap
 OFFICIAL_DELIMITERS = ("<|startthought|>", "<|endthought|>")  # ids of the official checkpoint that are no text
 OFFICIAL_EMBEDDING_SCALE = 100  # it stores the delimiters' embeddings divided by this (`embedding_scale`)
 
@@ -57,7 +58,12 @@ def hub_error(name, error):
                           "gated: accept its terms on its page, then set HF_TOKEN or run `hf auth login`")
     if status == 404:
         return InputError(f"there is neither a folder {name!r} nor a repository of that name on the Hub (404)")
-    reason = f"the Hub answered {status}" if status else "no network, or HF_HUB_OFFLINE is set"
+    if status:
+        reason = f"the Hub answered {status}"
+    elif isinstance(error, LocalEntryNotFoundError):
+        reason = "no network, or HF_HUB_OFFLINE is set"
+    else:  # such as a full disk
+        reason = " ".join(str(error).split())
     return InputError(f"there is no folder {name!r}, and it cannot be fetched as a Hub id: {reason}")
 
 
@@ -266,6 +272,11 @@ def load_tokenizer(folder):
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def end_of_text_id(tokenizer):
+    """Id of the token that ends a document, or None: the first of END_OF_TEXT that the tokenizer has."""
+    return next((i for i in map(tokenizer.token_to_id, END_OF_TEXT) if i is not None), None)
 
 
 def unknown_ids(tokenizer, vocab_size):

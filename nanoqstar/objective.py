@@ -100,7 +100,7 @@ def sample_tokens(hidden, weight, uniforms, temperature=1.0, banned=None):
         cdf = probs.cumsum(-1)
         total = cdf[:, -1:]
         below = torch.minimum(uniforms[rows].to(cdf.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-        ids[rows] = torch.searchsorted(cdf, below, right=True)  # the first id whose cumulative probability exceeds it
+        ids[rows] = torch.searchsorted(cdf, below.contiguous(), right=True)  # the first id whose cumulative probability exceeds it
         log_probs[rows] = probs.gather(-1, ids[rows]).log()
     return ids, log_probs
 

@@ -9,13 +9,15 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from nanoqstar import InputError
+from nanoqstar import InputError, hf
 from nanoqstar.attention import dense
 from nanoqstar.hf import check_context, load, load_tokenizer, read_config, resolve, save, unknown_ids
 from nanoqstar.quietstar import QuietStar
@@ -415,6 +417,19 @@ def test_no_such_folder(path, words):
         resolve(path)
 
 
+def test_other_failures_of_the_hub(monkeypatch):
+    class Busy(Exception):
+        response = SimpleNamespace(status_code=503)
+
+    def fail(*_, **__):
+        raise error from cause
+    monkeypatch.setattr(hf, "snapshot_download", fail)
+    for error, cause, words in ((LocalEntryNotFoundError("no"), Busy(), "the Hub answered 503"),
+                                (OSError(28, "No space left\non device"), None, "No space left on device")):
+        with pytest.raises(InputError, match=f"no folder 'me/model', and it cannot be fetched as a Hub id: .*{words}$"):
+            resolve("me/model")
+
+
 def test_folder_without_a_model(tmp_path):
     with pytest.raises(InputError, match=r"is not a model folder: it has no config\.json"):
         load(tmp_path)
@@ -427,9 +442,9 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.asked.append(self.path)
-        name, file = re.search(r"^(?:/api/models)?/me/(\w+)(?:/resolve/\w+/(.*))?", self.path).groups()
+        name, file = re.search(r"(?:^(?:/api/models)?/me/(\w+)(?:/resolve/\w+/(.*))?)?", self.path).groups()
         if name != "model":
-            self.answer(int(name))
+            self.answer(int(name or 404))
         elif file:
             self.answer(200, self.files[file])
         elif "/tree/" in self.path:

@@ -93,22 +93,25 @@ def test_every_kind_of_file_in_a_folder(run, tmp_path):
     write_jsonl(source / "deep" / "er" / "b.jsonl.gz", texts["gz"])
     write_jsonl(source / "c.json", texts["json"])
     pq.write_table(pa.table({"id": range(40), "text": texts["parquet"]}), source / "d.parquet", row_group_size=7)
-    plain = {"e.txt": "plain é\n", "f.py": "print('code')\n", "g.md": "# title\n", "h.json": '{\n "pretty": 1\n}\n'}
+    plain = {"e.txt": "plain é\n", "f.py": "print('code')\n", "g.md": "# title\n", "h.json": '{\n "pretty": 1\n}\n',
+             "j.json": '{"in": "one line"}'}
     for name, text in plain.items():
         (source / name).write_text(text, encoding="utf-8")
     (source / "i.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfzipped\n"))
     (source / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff")
     (source / "latin.py").write_bytes("# caf\xe9".encode("latin-1"))
+    (source / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (source / ".git").mkdir()
     (source / ".git" / "config").write_text("hidden")
 
     status, out, _ = run("--input", source, "--val_fraction", 0.2)
-    assert status == 0 and "skipped 2 of 11 files" in out
+    assert status == 0 and "skipped 3 of 13 files: binary, or not UTF-8" in out
     expected = sum(texts.values(), []) + list(plain.values()) + ["zipped\n"]
     assert sorted(both(tmp_path / "out")) == sorted(expected)
     meta = TokenDataset(tmp_path / "out", "val").meta
-    assert meta["val_fraction"] == 0.2 and meta["source"]["input"] == str(source) and meta["source"]["files"] == 9
-    assert f"{meta['train']['tokens']:,} tokens" in out and str(tmp_path / "out") in out and "python train.py" in out
+    assert meta["val_fraction"] == 0.2 and meta["source"]["input"] == str(source) and meta["source"]["files"] == 10
+    assert f"{meta['train']['tokens']:,} tokens" in out
+    assert f"next: python train.py qwen2_5_3b --data {tmp_path / 'out'}\n" in out
 
 
 def test_a_big_text_file_is_cut_at_line_ends(run, tmp_path):
@@ -224,7 +227,7 @@ def test_too_little_text_for_the_asked_entries_goes_on(run, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", sentences(1, 50))
     status, out, _ = run("--input", tmp_path / "a.jsonl", "--tokenizer", "train:9999", "--val_fraction", 0.3)
     meta = TokenDataset(tmp_path / "out", "train").meta
-    assert status == 0 and 257 < meta["vocab_size"] < 9999
+    assert status == 0 and 257 < meta["vocab_size"] < 9999 and "next: python train.py tiny --data" in out
     assert f"too little text for 9,999 entries: the tokenizer has {meta['vocab_size']:,}" in out
 
 
@@ -331,6 +334,7 @@ def test_wrong_inputs_are_named(run, tmp_path, monkeypatch):
     refused(given("latin.jsonl", b'{"text": "caf\xe9"}\n'), "latin.jsonl, line 1: not valid JSON")
     refused(given("list.jsonl", b"[1]\n"), "list.jsonl, line 1", "not an object")
     refused(given("field.jsonl", b'{"body": "a", "url": "b"}\n'), "no field 'text'", "body, url", "--text_field")
+    refused(given("field.json", b'{"body": "a"}\n'), "field.json, line 1: no field 'text'")
     refused(given("number.jsonl", b'{"text": 5}\n'), "line 1: 'text' is not a string")
     refused(given("cut.txt.gz", gzip.compress(b"text " * 1000)[:-20]), "cut.txt.gz is not a whole .gz file")
     refused(given("not.txt.gz", b"text"), "not.txt.gz is not a whole .gz file")
@@ -360,6 +364,8 @@ def test_wrong_tokenizers_are_named(run, tmp_path):
     refused(run("--input", text, "--tokenizer", tmp_path / "model"), "there is no tokenizer.json in", "model")
     (tmp_path / "model" / "tokenizer.json").write_text('{"version": "1.0"')
     refused(run("--input", text, "--tokenizer", tmp_path / "model"), "not a file of the tokenizers library")
+    (tmp_path / "model" / "tokenizer.json").write_bytes(b'{"version": "\xff"}')
+    refused(run("--input", text, "--tokenizer", tmp_path / "model"), "not a file of the tokenizers library")
     no_end = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(no_end))
     refused(run("--input", text, "--tokenizer", tmp_path / "model"), "has no end-of-text token (<|endoftext|>, </s>")
@@ -372,7 +378,7 @@ def test_wrong_arguments_are_named(run, tmp_path):
     refused(run("--input", text, "--dataset_name", "a/b"), "leave out --dataset_name")
     refused(run("--input", text, "--val_fraction", 1), "--val_fraction must lie between 0 and 1, not 1.0")
     refused(run("--input", text, "--max_tokens", 0), "--max_tokens: must be at least 1")
-    refused(run("--input", text, "--max_tokens", "many"), "--max_tokens: invalid")
+    refused(run("--input", text, "--max_tokens", "many"), "--max_tokens: must be at least 1, or none, not 'many'")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.doc").write_text("precious")
     refused(run("--input", text), "out exists and is not prepared data", "--out")

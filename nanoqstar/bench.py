@@ -1,0 +1,430 @@
+"""python -m nanoqstar.bench train|sample|prepare|all [--config NAME] [--device cpu|cuda] [--json FILE]
+
+Measured speed against the floor.  Random weights of the config's real shape, synthetic tokens, warm-up left out; every
+figure is a median with its quartiles.  On a CPU one thread is used and CPU seconds are counted, since other work on the
+machine stretches the wall clock; on a GPU wall seconds between synchronisations.
+
+  train    a step split into sampling, forward, backward, optimizer; useful FLOPs against the matrix rate measured in the
+           same run (MFU); time and peak memory against the staged implementation in tests/; cost against n_ahead,
+           n_passes and T
+  sample   decoding with and without thoughts against the memory-bandwidth bound, measured by a copy in the same run
+  prepare  data/prepare.py against the bare tokenizer on the same text and cores
+
+Configs: a preset of configs.py, or one of the two CPU shapes `cpu` (vocabulary 4096) and `cpu_vocab` (151,936).
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from nanoqstar.objective import Valid, quiet_star_loss
+from nanoqstar.qwen2 import Qwen2, Qwen2Config
+from nanoqstar.quietstar import QuietStar
+from nanoqstar.runtime import autocast, speed_up
+from nanoqstar.sampling import generate
+from nanoqstar.thoughts import ThoughtLayout
+
+STAGED = Path(__file__).parents[1] / "tests" / "staged.py"
+COPIES = 4  # of the standard library's modules, as the text that prepare.py is timed on
+REPEATS = 3  # steps timed in each worker process, after a warm-up
+PREPARE = Path(__file__).parents[1] / "data" / "prepare.py"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is measured: a model, windows of T + A tokens, and how they think."""
+
+    model: Qwen2Config
+    batch: int
+    n_ahead: int
+    n_ahead_talk: int
+    n_passes: int
+    n_positions: int
+    checkpointing: bool = False
+
+    @property
+    def layout(self):
+        return ThoughtLayout(self.n_ahead, self.n_ahead_talk, self.n_passes, self.n_positions)
+
+
+def qwen(hidden, layers, heads, kv_heads, intermediate, vocab, tied=True, bias=True, head_dim=None, theta=1e6):
+    return Qwen2Config(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+                       intermediate_size=intermediate, vocab_size=vocab, tie_word_embeddings=tied, attention_bias=bias,
+                       head_dim=head_dim or hidden // heads, max_position_embeddings=32768, rope_theta=theta)
+
+
+MODELS = {  # the shapes behind the presets' names, which are Hub ids
+    "Qwen/Qwen2.5-0.5B": qwen(896, 24, 14, 2, 4864, 151936),
+    "Qwen/Qwen2.5-3B": qwen(2048, 36, 16, 2, 11008, 151936),
+    "Qwen/Qwen2.5-7B": qwen(3584, 28, 28, 4, 18944, 152064, tied=False),
+    "mistralai/Mistral-7B-v0.1": qwen(4096, 32, 32, 8, 14336, 32000, tied=False, bias=False, theta=1e4),
+}
+SHAPES = {
+    "cpu": Shape(qwen(256, 6, 8, 2, 688, 4096, tied=False, bias=False), 2, 7, 4, 2, 127),
+    "cpu_vocab": Shape(qwen(128, 2, 4, 2, 344, 151936, tied=False, bias=False), 1, 7, 4, 2, 31),
+}
+
+
+# ---- measuring
+
+
+def spread(values):
+    """{median, low, high}: the quartiles (the extremes of fewer than four values)."""
+    if len(values) < 4:
+        return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+    low, _, high = statistics.quantiles(values, n=4)
+    return {"median": statistics.median(values), "low": low, "high": high}
+
+
+def shown(s, form="{:.3g}"):
+    return f"{form.format(s['median'])} ({form.format(s['low'])} .. {form.format(s['high'])})"
+
+
+def clock(device):
+    """Seconds so far: CPU seconds of this process, or wall seconds after the GPU has caught up."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def matrix_rate(device):
+    """FLOP/s of large products in the dtype that training multiplies in."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b, rates = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), []
+    for _ in range(12):
+        start = clock(device)
+        for _ in range(8):
+            a @ b
+        rates.append(8 * 2 * n**3 / (clock(device) - start))
+    return statistics.median(rates[2:])
+
+
+def copy_rate(device):
+    """Bytes per second that a large copy reads and writes."""
+    source = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target, rates = torch.empty_like(source), []
+    for _ in range(12):
+        start = clock(device)
+        target.copy_(source)
+        rates.append(2 * source.numel() / (clock(device) - start))
+    return statistics.median(rates[2:])
+
+
+def flops(shape):
+    """Useful FLOPs of a step: (sampling, learning).  Products with weights and visible attention pairs, nothing twice.
+
+    Learning counts forward and backward (3 x forward), whatever is recomputed; only rows whose logits are used count
+    for the LM head.  Start is counted once for all passes, as it is computed.
+    """
+    m, layout = shape.model, shape.layout
+    t, p, s, a = layout.n_positions, layout.n_passes, layout.n_sampled, layout.n_ahead_talk
+    width = m.num_attention_heads * m.head_dim
+    block = m.num_hidden_layers * m.hidden_size * (2 * width + 2 * m.num_key_value_heads * m.head_dim + 3 * m.intermediate_size)
+    head, pair = m.vocab_size * m.hidden_size, 4 * width * m.num_hidden_layers
+    text_pairs = layout.n_text * (layout.n_text + 1) // 2
+    seen = t * (t + 1) // 2  # text pairs of one token per position
+
+    def forward(branch, rows):
+        tokens = layout.n_text + t * (1 + p * branch)
+        pairs = text_pairs + seen * (1 + p * branch) + t * (1 + p * (branch * (branch + 3) // 2))
+        return 2 * (block * tokens + head * rows) + pair * pairs
+
+    sampling = forward(s - 1, t * (1 + p * (s - 1)))
+    learning = 3 * forward(s + a, layout.n_text + t * p * (s + a))
+    return shape.batch * sampling, shape.batch * learning
+
+
+# ---- train: one worker process per implementation, so that peak memory is its own
+
+
+def make_model(shape, device):
+    with torch.device(device):
+        model = QuietStar(Qwen2(shape.model))
+    model.lm.init_weights()
+    model.init_thoughts([1], [2])
+    torch.nn.init.normal_(model.mixing_head[4].weight, std=0.02)  # past the first step, where everything is zero
+    return model
+
+
+def synthetic(shape, device):
+    text = torch.randint(shape.model.vocab_size, (shape.batch, shape.n_positions + shape.n_ahead_talk), device=device)
+    return text, torch.zeros_like(text)
+
+
+def our_step(shape, device, compile):
+    """A function that does one step and returns its four times."""
+    model = make_model(shape, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    speed_up(model, device, shape.checkpointing, compile)
+    text, docs = synthetic(shape, device)
+    valid = Valid.from_docs(docs, shape.n_ahead_talk)
+
+    def step():
+        u = torch.rand(shape.batch, shape.n_passes, shape.n_positions, shape.n_ahead - 2, device=device)
+        times = [clock(device)]
+        with autocast(device):
+            thoughts, _ = model.rollout(text, docs, u)
+            times.append(clock(device))
+            states = model.score(text, docs, thoughts)
+            loss, _ = quiet_star_loss(
+                states, model.lm.head_weight, text, thoughts, valid, valid.counts(), base_weight=0.5, mixed_weight=0.5,
+                policy_weight=1e6, clamp_advantage=True, reinforce_temperature=3.0)
+        times.append(clock(device))
+        loss.backward()
+        times.append(clock(device))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(clock(device))
+        return [b - a for a, b in zip(times, times[1:])]
+    return step
+
+
+def staged_step(shape, device, compile):
+    """The same for the staged implementation: sampling is part of its forward; no optimizer."""
+    spec = importlib.util.spec_from_file_location("staged", STAGED)
+    staged = sys.modules["staged"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(staged)
+    model = make_model(shape, device)
+    params = {name.removeprefix("lm."): p for name, p in model.named_parameters()}
+    keys = staged.StagedConfig.__dataclass_fields__
+    config = staged.StagedConfig(**{k: v for k, v in vars(shape.model).items() if k in keys})
+    text, docs = synthetic(shape, device)
+
+    def step():
+        times = [clock(device)]
+        with autocast(device):
+            loss = staged.staged_step(params, config, text, docs, n_ahead=shape.n_ahead, n_ahead_talk=shape.n_ahead_talk,
+                                      n_passes=shape.n_passes)["loss"]
+        times.append(clock(device))
+        loss.backward()
+        times.append(clock(device))
+        model.zero_grad(set_to_none=True)
+        return [0.0, times[1] - times[0], times[2] - times[1], 0.0]
+    return step
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def worker(which, shape, device, compile, repeats):
+    """Times of each step and peak memory above what was resident before the first, as a dict."""
+    step = {"ours": our_step, "staged": staged_step}[which](shape, device, compile)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        times = [step() for _ in range(repeats + 2)][2:]
+        return {"times": times, "resident": before, "peak": torch.cuda.max_memory_allocated() - before}
+    before = resident_bytes()
+    first = step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return {"times": [step() for _ in range(repeats)] or [first], "resident": before, "peak": peak}
+
+
+def in_process(which, shape, args, repeats, memory=False):
+    """`worker` in a fresh process.  memory: with an allocator that returns every large block, for a repeatable peak."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **({"MALLOC_MMAP_THRESHOLD_": "100000"} if memory else {})}
+    job = json.dumps([which, {**vars(shape), "model": vars(shape.model)}, args.compile, repeats])
+    command = [sys.executable, "-m", "nanoqstar.bench", "worker", "--device", args.device, "--job", job]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def bench_train(shape, args, rate):
+    runs, have_staged = {"ours": [], "staged": []}, STAGED.exists()
+    for _ in range(3):  # in turns, so that a change of the machine's speed meets both
+        for which in ("ours", "staged") if have_staged else ("ours",):
+            runs[which].append(in_process(which, shape, args, REPEATS))
+    if failed := next((r["failed"] for r in runs["ours"] if "failed" in r), None):
+        sys.exit(f"the step failed: {failed}")
+    times = [t for r in runs["ours"] for t in r["times"]]
+    parts = {name: spread([t[i] for t in times]) for i, name in enumerate(("sampling", "forward", "backward", "optimizer"))}
+    step, (sampling, learning) = spread([sum(t) for t in times]), flops(shape)
+    work = sampling + learning
+    result = {"parts": parts, "step": step, "flops": work, "mfu": work / step["median"] / rate,
+              "floor_seconds": work / rate, "tokens_per_second": shape.batch * shape.n_positions / step["median"],
+              "peak_bytes": in_process("ours", shape, args, 0, memory=True)["peak"]}
+    print(f"step {shown(step)} s: " + ", ".join(f"{name} {shown(part)}" for name, part in parts.items()))
+    print(f"{result['tokens_per_second']:.0f} text tokens/s; {work / 1e9:.1f} useful GFLOP ({sampling / 1e9:.1f} sampling), floor "
+          f"{result['floor_seconds']:.2f} s at the measured {rate / 1e9:.0f} GFLOP/s: MFU {result['mfu']:.0%}")
+    print(f"peak memory {result['peak_bytes'] / 1e6:.0f} MB above what is resident before the step")
+    if not have_staged:
+        print("the staged implementation is in tests/staged.py: this comparison needs a clone")
+        return result
+    if any("failed" in r for r in runs["staged"]):
+        print(f"staged implementation: {next(r['failed'] for r in runs['staged'] if 'failed' in r)}")
+        return result
+    ratios = [statistics.median(sum(t) for t in s["times"]) / statistics.median(sum(t[:3]) for t in o["times"])
+              for o, s in zip(runs["ours"], runs["staged"], strict=True)]
+    staged_peak = in_process("staged", shape, args, 0, memory=True)["peak"]
+    result |= {"staged": spread([sum(t) for r in runs["staged"] for t in r["times"]]), "speedup": spread(ratios),
+               "staged_peak_bytes": staged_peak, "memory_ratio": staged_peak / result["peak_bytes"]}
+    print(f"staged implementation: {shown(result['staged'])} s, {staged_peak / 1e6:.0f} MB; ours (sampling, forward, backward) is "
+          f"{shown(result['speedup'])} times as fast with {result['memory_ratio']:.2f} times less memory")
+    return result
+
+
+def bench_scaling(shape, args):
+    """Seconds a step against one size at a time."""
+    result = {}
+    for name, values in (("n_ahead", (3, 5, 7, 9, 11)), ("n_passes", (1, 2, 3, 4)), ("n_positions", (32, 64, 128, 256))):
+        if args.device == "cuda" and name == "n_positions":
+            values = (256, 512, 1024, 2048)
+        rows = []
+        for value in values:
+            run = in_process("ours", replace(shape, **{name: value}), args, 3)
+            rows.append((value, spread([sum(t) for t in run["times"]])["median"] if "times" in run else float("nan")))
+        result[name] = rows
+        print(f"{name:12}" + "   ".join(f"{value}: {seconds:.2f} s" for value, seconds in rows))
+    return result
+
+
+# ---- sample
+
+
+def bench_sample(shape, device):
+    result = {}
+    model = make_model(shape, device)
+    if device.type == "cuda":
+        model = model.to(torch.bfloat16)
+    weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embed_tokens" not in n)
+    if shape.model.tie_word_embeddings:
+        weights += model.lm.head_weight.numel() * model.lm.head_weight.element_size()
+    rate, n_tokens = copy_rate(device), 32 if device.type == "cpu" else 128
+    for batch in (1, 8):
+        for n_ahead in (shape.n_ahead, 0):
+            prompts = torch.randint(shape.model.vocab_size, (batch, 64)).tolist()
+            seconds = []
+            for _ in range(4):
+                steps = generate(model, prompts, n_tokens + 2, n_ahead)
+                next(steps), next(steps)  # the prompt, and a warm first token
+                start = clock(device)
+                for _ in steps:
+                    pass
+                seconds.append((clock(device) - start) / n_tokens)
+            s, forwards = spread(seconds[1:]), max(1, n_ahead - 1)
+            bound = forwards * weights / rate
+            what = f"batch {batch}, " + (f"thoughts of {n_ahead}" if n_ahead else "no thoughts")
+            result[what] = {"seconds_per_token": s, "tokens_per_second": batch / s["median"], "bound": bound / s["median"]}
+            print(f"{what:28}{batch / s['median']:9.1f} tokens/s   {shown(s)} s a step, {bound / s['median']:.0%} of the bandwidth "
+                  f"bound ({forwards} x {weights / 1e6:.0f} MB at {rate / 1e9:.1f} GB/s)")
+    return result
+
+
+# ---- prepare
+
+
+def bench_prepare():
+    """data/prepare.py as a user runs it, against encode_batch on the same documents, tokenizer and cores."""
+    from tokenizers import Tokenizer
+
+    if not PREPARE.exists():
+        print("data/prepare.py is not here: this needs a clone")
+        return None
+    sources = sorted(Path(os.__file__).parent.glob("*.py"))
+    with tempfile.TemporaryDirectory() as folder:
+        text, first = Path(folder, "text"), Path(folder, "first")
+        text.mkdir()
+        (text / "all.jsonl").write_text("".join(json.dumps({"text": p.read_text(errors="replace")}) + "\n"
+                                                for p in sources for _ in range(COPIES)))
+        command = [sys.executable, str(PREPARE), "--input", str(text)]
+        subprocess.run([*command, "--tokenizer", "train:4096", "--out", str(first)], check=True, capture_output=True)
+        tokenizer = Tokenizer.from_file(str(first / "tokenizer.json"))
+        documents = [json.loads(line)["text"] for line in (text / "all.jsonl").read_text().splitlines()]
+        ours, bare = [], []
+        for i in range(5):
+            start = time.perf_counter()
+            n_tokens = sum(len(e.ids) for batch in range(0, len(documents), 1000)
+                           for e in tokenizer.encode_batch(documents[batch:batch + 1000], add_special_tokens=False))
+            bare.append(n_tokens / (time.perf_counter() - start))
+            done = subprocess.run([*command, "--tokenizer", str(first), "--out", str(Path(folder, f"o{i}"))], check=True,
+                                  capture_output=True, text=True)
+            ours.append(float(done.stdout.split(" tokens/s")[0].split()[-1].replace(",", "")))
+    result = {"ours": spread(ours), "bare": spread(bare), "ratio": spread([a / b for a, b in zip(ours, bare)])}
+    print(f"prepare.py {shown(result['ours'])} tokens/s, bare encode_batch {shown(result['bare'])}: {shown(result['ratio'])} of it")
+    return result
+
+
+def hardware(device):
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                     if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def shape_of(name):
+    """The shape of a CPU benchmark or of a preset."""
+    if name in SHAPES:
+        return SHAPES[name]
+    try:
+        from configs import PRESETS
+    except ImportError:
+        sys.exit(f"error: presets are in configs.py, which needs a clone; here there are {', '.join(SHAPES)}")
+    if name not in PRESETS:
+        sys.exit(f"error: no config {name!r}: there are {', '.join([*SHAPES, *PRESETS])}")
+    c = PRESETS[name].config
+    model = MODELS[c.model_path] if c.model_path else qwen(c.hidden_size, c.n_layers, c.n_heads, c.n_kv_heads,
+                                                           c.intermediate_size, 11)
+    return Shape(model, c.batch_size, c.n_ahead, c.n_ahead_talk, c.n_passes, c.max_length, c.checkpointing)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "sample", "prepare", "all", "worker"))
+    parser.add_argument("--config", help="default: both CPU shapes on a CPU, qwen2_5_3b on a GPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch_size", type=int, help="windows, instead of the config's")
+    parser.add_argument("--compile", action="store_true", help="compile on a CPU as well (a GPU always does)")
+    parser.add_argument("--no_scaling", action="store_true", help="leave out cost against n_ahead, n_passes and T")
+    parser.add_argument("--json", help="write every figure to this file")
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # of a worker process
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    if args.what == "worker":
+        which, shape, compile, repeats = json.loads(args.job)
+        shape = Shape(**{**shape, "model": Qwen2Config(**shape["model"])})
+        print(json.dumps(worker(which, shape, device, compile or None, repeats)))
+        return
+    names = [args.config] if args.config else ["cpu", "cpu_vocab"] if device.type == "cpu" else ["qwen2_5_3b"]
+    shapes = {name: replace(shape_of(name), **({"batch": args.batch_size} if args.batch_size else {})) for name in names}
+    results = {"hardware": hardware(device)}
+    print(results["hardware"])
+    if args.what in ("train", "all"):
+        results["matrix_rate"] = rate = matrix_rate(device)
+        for name, shape in shapes.items():
+            print(f"\ntrain {name}")
+            results[f"train {name}"] = bench_train(shape, args, rate)
+        if not args.no_scaling:
+            print(f"\nseconds a step against one size at a time, {names[0]} otherwise")
+            results["scaling"] = bench_scaling(shapes[names[0]], args)
+    if args.what in ("sample", "all"):
+        for name, shape in shapes.items():
+            print(f"\nsample {name}")
+            results[f"sample {name}"] = bench_sample(shape, device)
+    if args.what in ("prepare", "all"):
+        print("\nprepare")
+        results["prepare"] = bench_prepare()
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
