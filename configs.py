@@ -30,7 +30,7 @@ def check_type(f, value):
     if choices and value not in choices:
         raise ConfigError(f"--{f.name}: {value!r} is not one of {', '.join(choices)}")
     numeric = float in accepted and type(value) is int
-    if type(value) not in accepted and not numeric or value != value:
+    if type(value) not in accepted and not numeric or value != value or value in (float("inf"), -float("inf")):
         raise ConfigError(f"--{f.name}: expected {' or '.join(t.__name__ for t in accepted)}, got {value!r}")
 
 
@@ -113,7 +113,7 @@ class TrainConfig:
         positive = ("max_length", "n_passes", "batch_size", "grad_accum", "max_steps", "hidden_size", "intermediate_size",
                     "n_layers", "n_heads", "n_kv_heads", "pretrain_batch_size", "log_every", "eval_every", "eval_windows",
                     "save_every", "thought_temperature", "reinforce_temperature", "learning_rate", "grad_clip",
-                    "embedding_lr_factor", "pretrain_learning_rate", "fold_operands", "fold_tokens")
+                    "embedding_lr_factor", "pretrain_learning_rate", "fold_tokens")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be greater than 0")
@@ -131,6 +131,8 @@ class TrainConfig:
                               "heads must divide the width into even parts, and kv heads the heads")
         if self.fold_worked_frac + self.fold_restated_frac > 1:
             raise ConfigError("fold_worked_frac + fold_restated_frac is more than 1")
+        if not 2 <= self.fold_operands <= 8:
+            raise ConfigError(f"fold_operands={self.fold_operands}: problems have 2 to 8 operands")
         if not 0 < self.beta2 < 1:
             raise ConfigError(f"beta2={self.beta2}: must lie between 0 and 1")
         if self.threads is not None and self.threads < 1:
@@ -175,7 +177,7 @@ def parse_value(f, text):
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if kind is str:
-        return text.encode().decode("unicode_escape") if "\\" in text else text  # so that a shell can say \n
+        return text.replace("\\n", "\n")  # so that any shell can say it
     try:
         return kind(text.replace("_", "")) if kind is not bool else bool[text]
     except (ValueError, TypeError):
@@ -215,7 +217,7 @@ def load_config(name):
         return name, PRESETS[name].config
     path = Path(name)
     if not path.is_file():
-        raise ConfigError(f"no config {name!r}{nearest(name, list(PRESETS))} There are {', '.join(PRESETS)}, and any saved "
+        raise ConfigError(f"no config {name!r}{nearest(name, list(PRESETS))}; there are {', '.join(PRESETS)}, and any saved "
                           "config.json")
     try:
         saved = json.loads(path.read_text())

@@ -26,6 +26,7 @@ FILES = ["config.json", "tokenizer.json", "model.safetensors", "model-*.safetens
          "quietstar.safetensors"]
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PIECE = 2**20  # elements read at once; far larger buffers fragment the heap
+END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 OFFICIAL_DELIMITERS = ("<|startthought|>", "<|endthought|>")  # ids of the official checkpoint that are no text
 OFFICIAL_EMBEDDING_SCALE = 100  # it stores the delimiters' embeddings divided by this (`embedding_scale`)
 
@@ -36,7 +37,8 @@ def resolve(path_or_id):
     Raises InputError: neither a folder nor an id, no network, no such repository, or no access to it.
     """
     if os.path.isdir(path_or_id):
-        return Path(path_or_id)
+        checkpoint = Path(path_or_id, "checkpoint")  # a run's folder stands for what it trained
+        return checkpoint if checkpoint.is_dir() else Path(path_or_id)
     name = str(path_or_id)
     if os.path.exists(name):
         raise InputError(f"{name} is a file; give the folder it lies in")

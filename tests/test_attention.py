@@ -130,6 +130,7 @@ def test_tile_table_by_hand():
     assert seen == [[0, 2], [0, 3], [0, 1, 4]]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("place", [None, 0, 1, 4], ids=name)
 def test_flex_is_dense_on_the_cpu(monkeypatch, place):
     """The mask, the padding and the cut, in eager mode; FlexAttention has no backward here."""
@@ -141,6 +142,7 @@ def test_flex_is_dense_on_the_cpu(monkeypatch, place):
         assert_same(ours, reference, qkv, 2e-6, gradients=False)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_one_flex_serves_every_batch_of_its_shape(monkeypatch):
     """Documents are looked up when it runs, so an instance that is kept (`flex_for_shape`) sees those of the batch."""
     monkeypatch.setattr(attention, "compiled_flex", flex_attention)

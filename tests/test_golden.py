@@ -48,7 +48,8 @@ def write_case(folder, n, n_talk, n_passes, batch, length, seed=0, **sizes):
         out = staged_step(
             params, cfg, torch.cat([ids, other], 1), docs, n_ahead=n - 1, n_ahead_talk=n_talk, n_passes=n_passes,
             thoughts=sampled.permute(1, 2, 0).unflatten(0, (batch, n_passes))[:, :, :positions], policy_weight=weight,
-            banned_ids={start, end}, policy_valid=(torch.arange(positions) < positions - n_talk).expand(batch, positions))
+            banned_ids={start, end},
+            policy_valid=(torch.arange(positions) < positions - n_talk).expand(batch, positions))
         grads = torch.autograd.grad(out["loss"], params.values())
         for (name, p), grad in zip(params.items(), grads, strict=True):
             name = name.replace("mixing_head.", "talk_head.0.")
@@ -173,16 +174,18 @@ def leave_one_out(monkeypatch):
     monkeypatch.setattr(objective, "advantage", lambda reward, *args: right(reward, *args) * 2)
 
 
-def target_not_moved_on(monkeypatch):
+def lookahead_one_too_far(monkeypatch):
     right = thoughts.ThoughtLayout.pack
 
     def pack(self, text, sampled):
-        return right(self, torch.cat((text[:, 1:], text[:, -1:]), 1), sampled)
+        ids, is_start, is_end = right(self, text, sampled)
+        self.packing.split(ids)[2][..., -1] = text[:, None, 2:]  # a view: x_{i+2} where x_{i+1} belongs
+        return ids, is_start, is_end
     monkeypatch.setattr(thoughts.ThoughtLayout, "pack", pack)
 
 
 @pytest.mark.parametrize("mistake", [rope_one_too_far, other_passes_seen, own_token_last_seen, leave_one_out,
-                                     target_not_moved_on], ids=lambda f: f.__name__)
+                                     lookahead_one_too_far], ids=lambda f: f.__name__)
 def test_a_mistake_in_the_code_is_noticed(monkeypatch, mistake):
     mistake(monkeypatch)
     assert worst(CASES[0]) > 1e-6

@@ -1,0 +1,170 @@
+"""Decoding over the cache against full recomputation without one; what top-k, top-p and temperature leave."""
+
+import math
+
+import pytest
+import torch
+
+from nanoqstar import sampling
+from nanoqstar.attention import dense
+from nanoqstar.sampling import generate, sample_token
+
+PROMPTS = [[5, 9, 2, 30, 11], [40], [3, 3, 58, 21], [8, 1, 44, 13, 13, 6, 52]]
+BANNED = [7, 60]
+
+
+def recompute(model, context, thought, with_thoughts):
+    """Logits of the token after `context`, by causal forwards over the whole of it and no cache."""
+    def forward(x):
+        return model.lm(x[None], torch.arange(len(x)), dense(None))[0]
+
+    text = model.lm.embed(torch.tensor(context))
+    hidden, mix = forward(text)[-1], 0.0
+    if with_thoughts:
+        thinking = torch.cat((text, model.start_embedding[None], model.lm.embed(thought), model.end_embedding[None]))
+        talk = forward(thinking)[-1]
+        mix = torch.nn.Sequential.forward(model.mixing_head, torch.cat((hidden, talk)))
+        hidden = (1 - mix) * hidden + mix * talk
+    return model.lm.logits(hidden).masked_fill(model.banned, -math.inf), float(mix)
+
+
+@pytest.mark.parametrize("n_ahead", [0, 3, 4, 6])
+def test_cached_decoding_is_full_recomputation(make_model, tied, n_ahead):
+    """Token by token, prompts of different lengths together; a thought is never part of a later context."""
+    model, contexts = make_model(tied), [list(p) for p in PROMPTS]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for step in generate(model, PROMPTS, 6, n_ahead, generator=generator):
+            assert step.logits.dtype == torch.float64 and step.thoughts.shape == (4, max(n_ahead - 2, 0))
+            for row, context in enumerate(contexts):
+                logits, mix = recompute(model, context, step.thoughts[row], n_ahead > 0)
+                torch.testing.assert_close(step.logits[row], logits, rtol=0, atol=1e-10)
+                assert abs(step.mix[row].item() - mix) < 1e-10 and (n_ahead == 0) == (mix == 0)
+                context.append(step.tokens[row].item())
+    assert [len(c) for c in contexts] == [11, 7, 10, 13]
+
+
+def likeliest(logits, *args, **kwargs):
+    return logits.argmax(-1)
+
+
+@pytest.mark.parametrize("n_ahead", [0, 3, 6])
+def test_thoughts_are_those_of_full_recomputation(make_model, monkeypatch, n_ahead):
+    """Every token of a thought from the unmixed state before it; here the likeliest each time, at a temperature."""
+    monkeypatch.setattr(sampling, "sample_token", likeliest)
+    model, context = make_model(thought_temperature=2.0), list(PROMPTS[0])
+    with torch.no_grad():
+        for step in generate(model, PROMPTS[:1], 4, n_ahead):
+            x = torch.cat((model.lm.embed(torch.tensor(context)), model.start_embedding[None]))
+            for token in step.thoughts[0]:
+                hidden = model.lm(x[None], torch.arange(len(x)), dense(None))[0, -1]
+                assert token == model.lm.logits(hidden).masked_fill(model.banned, -math.inf).argmax()
+                x = torch.cat((x, model.lm.embed(token)[None]))
+            context.append(step.tokens[0].item())
+
+
+@pytest.mark.parametrize("n_ahead", [0, 3, 6])
+def test_prompts_together_are_prompts_alone(make_model, monkeypatch, n_ahead):
+    """What pads the shorter ones on the left is seen by nobody."""
+    monkeypatch.setattr(sampling, "sample_token", likeliest)
+    model = make_model(tied=False)
+    together = list(generate(model, PROMPTS, 7, n_ahead))
+    for row, prompt in enumerate(PROMPTS):
+        for ours, alone in zip(together, generate(model, [prompt], 7, n_ahead), strict=True):
+            assert torch.equal(ours.tokens[row], alone.tokens[0])
+            assert torch.equal(ours.thoughts[row], alone.thoughts[0])
+            torch.testing.assert_close(ours.logits[row], alone.logits[0], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("n_ahead", [0, 4])
+def test_top_k_of_one_is_greedy(make_model, monkeypatch, n_ahead):
+    """The same tokens as temperature 0 given the same thoughts, whatever the temperature."""
+    model = make_model()
+    draw, likely = sampling.sample_token, []
+
+    def same_thoughts(logits, *settings, **generator):  # those of text are given in order, thoughts have none
+        return draw(logits, *settings, **generator) if settings else logits.argmax(-1)
+    monkeypatch.setattr(sampling, "sample_token", same_thoughts)
+    for settings in (dict(temperature=0), dict(top_k=1), dict(top_k=1, temperature=9.0), dict(top_p=1e-9)):
+        steps = list(generate(model, PROMPTS, 8, n_ahead, generator=torch.Generator().manual_seed(1), **settings))
+        likely.append(torch.stack([s.tokens for s in steps]))
+        assert all(torch.equal(s.tokens, s.logits.argmax(-1)) for s in steps)
+    assert all(torch.equal(likely[0], other) for other in likely[1:])
+
+
+def test_generation_is_reproducible(make_model):
+    model = make_model()
+
+    def tokens(seed):
+        steps = generate(model, PROMPTS, 10, 4, generator=torch.Generator().manual_seed(seed))
+        return torch.stack([torch.cat((s.tokens[:, None], s.thoughts), 1) for s in steps])
+    assert torch.equal(tokens(3), tokens(3)) and not torch.equal(tokens(3), tokens(4))
+
+
+def shares(probabilities, n=40_000, **settings):
+    logits = torch.tensor(probabilities, dtype=torch.float64).log().expand(n, -1)
+    ids = sample_token(logits, generator=torch.Generator().manual_seed(0), **settings)
+    assert ids.shape == (n,)
+    return ids.bincount(minlength=len(probabilities)) / n
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({}, [0.1, 0.4, 0.0, 0.2, 0.3]),
+    (dict(top_k=1), [0, 1, 0, 0, 0]),
+    (dict(top_k=2), [0, 4 / 7, 0, 0, 3 / 7]),
+    (dict(top_k=100), [0.1, 0.4, 0.0, 0.2, 0.3]),
+    (dict(top_p=0.001), [0, 1, 0, 0, 0]),
+    (dict(top_p=0.39), [0, 1, 0, 0, 0]),
+    (dict(top_p=0.41), [0, 4 / 7, 0, 0, 3 / 7]),
+    (dict(top_p=0.71), [0, 4 / 9, 0, 2 / 9, 3 / 9]),
+    (dict(top_p=1.0), [0.1, 0.4, 0.0, 0.2, 0.3]),
+    (dict(temperature=0.5), [1 / 30, 16 / 30, 0, 4 / 30, 9 / 30]),
+    (dict(temperature=0), [0, 1, 0, 0, 0]),
+    (dict(top_k=3, top_p=0.43), [0, 1, 0, 0, 0]),  # of 4/9, 3/9, 2/9: top-k comes first
+    (dict(temperature=0.5, top_p=0.53), [0, 1, 0, 0, 0]),  # of 16/30 ..: temperature comes first
+    (dict(temperature=1e-4), [0, 1, 0, 0, 0]),
+], ids=str)
+def test_sample_token_by_hand(settings, expected):
+    """Exactly the right ids survive, in the right proportions."""
+    ours, expected = shares([0.1, 0.4, 0.0, 0.2, 0.3], **settings), torch.tensor(expected)
+    assert torch.equal(ours > 0, expected > 0) and (ours - expected).abs().max() < 0.01
+
+
+def test_rows_of_a_batch_are_filtered_apart():
+    logits = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.3, 0.2, 0.5]]).log()
+    generator = torch.Generator().manual_seed(0)
+    for settings, kept in ((dict(top_k=2), 2), (dict(top_p=0.45), 1)):
+        drawn = torch.stack([sample_token(logits, generator=generator, **settings) for _ in range(200)])
+        for row in range(3):
+            assert set(drawn[:, row].tolist()) == set(logits[row].topk(kept).indices.tolist())
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=1.0), dict(temperature=5.0, top_p=0.99),
+                                      dict(top_k=2)], ids=str)
+def test_unknown_ids_are_never_emitted(make_model, settings):
+    """Neither in text nor in thoughts, though one of them is always the likeliest."""
+    model = make_model(tied=False, banned=BANNED)
+    with torch.no_grad():
+        head = model.lm.lm_head.weight
+        head[BANNED[0]] *= 100
+        head[BANNED[1]] = -head[BANNED[0]]
+
+    def emitted():
+        steps = list(generate(model, PROMPTS, 10, 5, generator=torch.Generator().manual_seed(0), **settings))
+        return torch.cat([torch.cat((s.tokens[:, None], s.thoughts), 1) for s in steps])
+    assert not torch.isin(emitted(), torch.tensor(BANNED)).any()
+    model.banned = None
+    assert torch.isin(emitted(), torch.tensor(BANNED)).float().mean() > 0.8
+
+
+def test_thoughts_have_the_thought_temperature(make_model):
+    """Of many copies of one prompt, the first thought token's frequencies; text's settings do not touch it."""
+    for temperature in (0.5, 2.0):
+        model = make_model(thought_temperature=temperature)
+        (step,) = generate(model, [PROMPTS[0]] * 4000, 1, 3, temperature=0, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            x = torch.cat((model.lm.embed(torch.tensor(PROMPTS[0])), model.start_embedding[None]))
+            hidden = model.lm(x[None], torch.arange(len(x)), dense(None))[0, -1]
+            expected = (model.lm.logits(hidden) / temperature).masked_fill(model.banned, -math.inf).softmax(-1)
+        frequency = step.thoughts[:, 0].bincount(minlength=61) / 4000
+        assert (frequency - expected).abs().max() < 0.03
