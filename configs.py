@@ -96,6 +96,8 @@ class TrainConfig:
 
     # ---- the embedded corpus (data fold)
     fold_operands: int = setting(4, "letters of a problem")
+    fold_operations: int = setting(1, "Latin squares; several have signs between the operands, as in a*b+c")
+    fold_ordinary_frac: float = setting(0.0, "share of lines that are ordinary text (docstrings of the standard library)")
     fold_worked_frac: float = setting(0.1, "share of lines that work the answer out")
     fold_restated_frac: float = setting(0.3, "share of lines that restate the question; the rest answer directly")
     fold_tokens: int = setting(1_500_000, "characters of training text")
@@ -131,6 +133,9 @@ class TrainConfig:
                               "heads must divide the width into even parts, and kv heads the heads")
         if self.fold_worked_frac + self.fold_restated_frac > 1:
             raise ConfigError("fold_worked_frac + fold_restated_frac is more than 1")
+        if not (1 <= self.fold_operations <= 4 and 0 <= self.fold_ordinary_frac < 1):
+            raise ConfigError(f"fold_operations={self.fold_operations}, fold_ordinary_frac={self.fold_ordinary_frac}: "
+                              "1 to 4 operations, and a share below 1")
         if not 2 <= self.fold_operands <= 8:
             raise ConfigError(f"fold_operands={self.fold_operands}: problems have 2 to 8 operands")
         if not 0 < self.beta2 < 1:
@@ -154,6 +159,20 @@ PRESETS = {
         embedding_lr_factor=10.0, policy_weight=10.0, reinforce_temperature=1.0, clamp_advantage=False, max_steps=160,
         batch_size=16, learning_rate=1e-3, warmup_steps=10, beta2=0.99, eval_every=40, eval_windows=192),
         "2 CPU cores", "4 MB", "the embedded demo: thoughts become useful in minutes"),
+    "small": Preset(TrainConfig(
+        n_ahead=8, n_ahead_talk=2, n_passes=2, max_length=126, start_init_text="(", end_init_text=")",
+        embedding_lr_factor=10.0, policy_weight=10.0, reinforce_temperature=1.0, clamp_advantage=False, max_steps=400,
+        batch_size=32, learning_rate=3e-4, warmup_steps=20, beta2=0.99, eval_every=50, eval_windows=192,
+        hidden_size=512, intermediate_size=1536, n_layers=8, n_heads=8, n_kv_heads=4, init_std=0.03, pretrain_steps=3000,
+        pretrain_batch_size=64, pretrain_learning_rate=1e-3, fold_operands=6, fold_operations=3, fold_ordinary_frac=0.1,
+        fold_tokens=20_000_000),
+        "1 GPU (not yet run on one)", "430 MB + activations", "the demo scaled up: three operations, six operands, prose"),
+    "text": Preset(TrainConfig(
+        data="data/text", n_ahead=8, n_ahead_talk=4, n_passes=2, max_length=128, reinforce_temperature=1.0,
+        policy_weight=10.0, embedding_lr_factor=10.0, max_steps=300, batch_size=8, learning_rate=2e-4, warmup_steps=20,
+        beta2=0.99, eval_every=100, eval_windows=64, hidden_size=256, intermediate_size=688, n_layers=4, n_heads=8,
+        n_kv_heads=2, init_std=0.04, embedding_std=0.04, pretrain_steps=2000, pretrain_learning_rate=1e-3),
+        "1 GPU, or patience", "200 MB + activations", "your own text (--data FOLDER) with a new small model"),
     "qwen2_5_0_5b": Preset(TrainConfig(model_path="Qwen/Qwen2.5-0.5B", **H200),
                            "1 GPU, 24 GB or more", "8 GB + activations", "the real thing at its smallest"),
     "qwen2_5_3b": Preset(TrainConfig(model_path="Qwen/Qwen2.5-3B", **H200),

@@ -158,7 +158,8 @@ def evaluate(model, val, cfg, log, tokenizer, sampler, step):
                             sampler=sampler, choices=range(len(fold.LETTERS)) if is_fold else None)
     summary, places = summarize(scores), [(0, i) for i in (cfg.max_length // 4, cfg.max_length // 2, cfg.max_length - 1)]
     if is_fold:
-        answers, places = fold.measure(scores, cfg.seed, cfg.fold_operands)
+        answers, places = fold.measure(scores, cfg.seed, cfg.fold_operands, cfg.fold_operations,
+                                       fold.vocabulary(cfg.fold_operations, cfg.fold_ordinary_frac))
         summary |= {"answers": answers}
     log.write("eval", step, **summary)
     line = f"eval at {step}: nll {summary['nll_base']:.3f} -> {summary['nll_mixed']:.3f} with thoughts"
@@ -181,11 +182,14 @@ def evaluate(model, val, cfg, log, tokenizer, sampler, step):
 
 def prepare_fold(cfg, folder):
     """The embedded corpus as a prepared folder: one document a split."""
-    make = dict(operands=cfg.fold_operands, worked=cfg.fold_worked_frac, restated=cfg.fold_restated_frac)
+    make = dict(operands=cfg.fold_operands, worked=cfg.fold_worked_frac, restated=cfg.fold_restated_frac,
+                operations=cfg.fold_operations, ordinary=cfg.fold_ordinary_frac)
     n_val = cfg.eval_windows * (cfg.max_length + cfg.n_ahead_talk)
-    splits = {split: [fold.encode(fold.make_text(cfg.seed, split, n, **make))]
+    characters = fold.vocabulary(cfg.fold_operations, cfg.fold_ordinary_frac)
+    splits = {split: [fold.encode(fold.make_text(cfg.seed, split, n, **make), characters)]
               for split, n in (("train", cfg.fold_tokens), ("val", n_val))}
-    write_dataset(folder, fold.tokenizer_json(), len(fold.VOCABULARY), None, splits, {"corpus": "fold", "seed": cfg.seed, **make})
+    write_dataset(folder, fold.tokenizer_json(characters), len(characters), None, splits,
+                  {"corpus": "fold", "seed": cfg.seed, **make})
 
 
 def encode(tokenizer, text, name):
@@ -283,6 +287,8 @@ def run(name, cfg):
         data = out / "data"
         prepare_fold(cfg, data)
     splits = {split: TokenDataset(data, split) for split in ("train", "val")}
+    for split in splits.values():
+        split.last_start(cfg.max_length + cfg.n_ahead_talk)  # a window that does not fit is refused before any work
     model, thoughts, tokenizer = build_model(cfg, splits["train"].tokenizer_path, device)
     init_thoughts(model, thoughts, cfg, tokenizer)
     speed_up(model, device, cfg.checkpointing, cfg.compile)

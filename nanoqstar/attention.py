@@ -109,7 +109,7 @@ class Flex:
         query = [F.pad(x[rows], (0, pads[0]), value=fill) for x, fill in zip(described, (0, -1, -1), strict=True)]
         key = [F.pad(x, (0, pads[1]), value=fill) for x, fill in zip(described, (0, -1, 2**30), strict=True)]
         self.pads, n_queries, n_keys = pads, len(query[0]), len(key[0])
-        counts, indices = tile_table(*(x.view(-1, self.TILE) for x in (query[0], key[0], key[2])))
+        counts, indices = tile_table(*(x.view(-1, self.TILE) for x in (query[0], query[2], key[0], key[2])))
         query, key = ([x.int().to(device) for x in side] for side in (query, key))
         documents = self.documents
 
@@ -128,7 +128,7 @@ class Flex:
         return compiled_flex(q, k, v, block_mask=self.block_mask, enable_gqa=True)[:, :, :self.n_queries]
 
 
-def tile_table(q_position, k_position, k_place):
+def tile_table(q_position, q_place, k_position, k_place):
     """Which key tiles each query tile may see, as counts (Q tiles,) and indices (Q tiles, K tiles), by their ranges.
 
     Arguments are (tiles, 128).  A superset of what is visible: the mask decides inside a tile.
@@ -137,9 +137,11 @@ def tile_table(q_position, k_position, k_place):
     far = 2**30
     first_text = torch.where(is_text, k_position, far).amin(1)
     first_own, last_own = torch.where(is_own, k_position, far).amin(1), torch.where(is_own, k_position, -far).amax(1)
-    low, high = q_position.amin(1, keepdim=True), q_position.amax(1, keepdim=True)
-    seen = (first_text <= high) | ((first_own <= high) & (last_own >= low))
-    return seen.sum(1).int(), seen.int().argsort(1, descending=True, stable=True).int()
+    high, thinks = q_position.amax(1, keepdim=True), q_place >= 0  # text and padding have no group
+    first, last = (torch.where(thinks, q_position, fill) for fill in (far, -far))
+    first, last = first.amin(1, keepdim=True), last.amax(1, keepdim=True)
+    seen = (first_text <= high) | ((first_own <= last) & (last_own >= first))
+    return seen.sum(1).int(), seen.int().argsort(dim=1, descending=True, stable=True).int()
 
 
 compiled_flex = torch.compile(flex_attention, dynamic=False)

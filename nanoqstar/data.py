@@ -164,7 +164,8 @@ class TokenDataset:
         if not condition:
             raise InputError(f"{problem}: {self.mend}")
 
-    def _last_start(self, length):
+    def last_start(self, length):
+        """Where the last window of `length` tokens starts; InputError where not one fits."""
         if length > self.n_tokens:
             raise InputError(f"a window of {length:,} tokens does not fit in the {self.n_tokens:,} tokens of the "
                              f"{self.split} split: prepare more text, or lower max_length")
@@ -173,7 +174,7 @@ class TokenDataset:
     def windows(self, starts, length):
         """Tokens and document indices of the windows at `starts`, both (B, length) int64."""
         starts = np.asarray(starts, dtype=np.int64)
-        assert ((starts >= 0) & (starts <= self._last_start(length))).all(), "a window reaches outside the split"
+        assert ((starts >= 0) & (starts <= self.last_start(length))).all(), "a window reaches outside the split"
         places = starts[:, None] + np.arange(length)  # (B, length)
         tokens = self._tokens[places].astype(np.int64)
         self._require(tokens.size == 0 or tokens.max() < self.meta["vocab_size"],
@@ -186,7 +187,7 @@ class TokenDataset:
 
         So neither the micro-batch size nor the number of ranks changes what a step is trained on.
         """
-        last = self._last_start(length)
+        last = self.last_start(length)
         return self.windows([np.random.default_rng([seed, step, i]).integers(last + 1) for i in indices], length)
 
     def evenly(self, n, length):
@@ -194,6 +195,6 @@ class TokenDataset:
 
         They do not overlap where n * length tokens exist.
         """
-        last = self._last_start(length)
+        last = self.last_start(length)
         n = min(n, last + 1)
         return self.windows(np.arange(n) * last // max(n - 1, 1), length)

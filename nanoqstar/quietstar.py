@@ -101,9 +101,10 @@ class QuietStar(nn.Module):
         layout = ThoughtLayout.of(text, uniforms)
         packing, batch = layout.rollout_packing, len(text)
         places, rope = packing.describe(text.device)[2], packing.rope_positions(text.device)
-        thoughts, log_probs = torch.empty_like(uniforms, dtype=torch.long), torch.empty_like(uniforms)
         start = self.start_embedding.expand(batch, layout.n_positions, -1)
         x = torch.cat((self.lm.embed(text[:, :layout.n_text]), start), dim=1)
+        thoughts = torch.empty_like(uniforms, dtype=torch.long)
+        log_probs = torch.empty_like(uniforms, dtype=torch.promote_types(x.dtype, torch.float32))
         cache = KVCache(self.lm.config, batch, packing.n_packed, text.device, compute_dtype(x))
         for step in range(layout.n_sampled):
             cache.slots = query_rows(places, step)

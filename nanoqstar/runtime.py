@@ -39,5 +39,6 @@ def speed_up(model, device, checkpointing=False, compile=None):
             raise InputError("compile=true needs a C++ compiler and none is found: install g++, or set --compile false")
         print("no C++ compiler is found, so the model runs uncompiled and slower: install g++")
         return
+    torch._dynamo.config.recompile_limit = 64  # one graph a shape: scoring and each kind of rollout step, train and eval
     for block in layers:
         block.compile(dynamic=False)

@@ -125,7 +125,7 @@ def test_tile_table_by_hand():
     far = 2**30
     position = torch.tensor([[0, 1], [2, 3], [0, 0], [1, 1], [2, 3], [0, 0]])
     place = torch.tensor([[-1, -1], [-1, -1], [0, 1], [0, 1], [0, 0], [far, far]])
-    counts, indices = tile_table(position[2:5], position, place)
+    counts, indices = tile_table(position[2:5], place[2:5], position, place)
     seen = [sorted(row[:n].tolist()) for row, n in zip(indices, counts, strict=True)]
     assert seen == [[0, 2], [0, 3], [0, 1, 4]]
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 
 import train as script
 from configs import PRESETS, TrainConfig
+from data import fold
 from nanoqstar import InputError, hf
-from nanoqstar.data import TokenDataset
+from nanoqstar.data import TokenDataset, write_dataset
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(hidden_size=16, intermediate_size=32, n_heads=2, n_kv_heads=1, pretrain_steps=3, pretrain_batch_size=4,
@@ -209,26 +211,19 @@ def test_checkpointed_blocks_give_the_same_update(tmp_path):
     (["--data", "nowhere"], "there is no prepared data in nowhere"),
     (["--model_path", "nowhere"], "there is no folder 'nowhere'"),
     (["--start_init_text", "z"], "start_init_text: the tokenizer cannot encode 'z'|start_init_text: 'z' has no tokens"),
-    (["--max_length", "9000"], "a window of 9,002 tokens does not fit"),
+    (["--max_length", "20000"], "a window of 20,002 tokens does not fit"),
     (["missing.json"], "no config 'missing.json'"),
 ])
 def test_bad_input_is_one_sentence(tmp_path, args, sentence):
     name = [args.pop(0)] if not args[0].startswith("--") else []
     done = call("train.py", *name, *options(small()), *args, "--out_dir", str(tmp_path / "out"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    import re
     assert re.search(sentence, done.stderr), done.stderr
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(run, tmp_path):
-    other = tmp_path / "data"
-    script.prepare_fold(small(), other)
-    text = (other / "tokenizer.json").read_text()
-    assert '"a":0' in text.replace(" ", "").replace("\n", "")
-    from data import fold
-    from nanoqstar.data import write_dataset
-    swapped = fold.tokenizer_json().replace('"a":0', '"a":1').replace('"b":1', '"b":0')
-    ids = [fold.encode(fold.make_text(0, "train", 3000))]
+    swapped = fold.tokenizer_json(fold.vocabulary()[::-1])
+    ids = [fold.encode(fold.make_text(0, "train", 3000), fold.vocabulary()[::-1])]
     write_dataset(tmp_path / "swapped", swapped, 11, None, {"train": ids, "val": ids}, {})
     with pytest.raises(InputError, match="is not the tokenizer of"):
         script.run("x", small(model_path=str(run[0]), data=str(tmp_path / "swapped"), out_dir=str(tmp_path / "x")))
@@ -259,7 +254,6 @@ def test_sample_asks_for_prompts(run):
     (["--prompt", "ab" * 2000], "exceed the model's context"), (["--top_p", "2"], "top_p=2.0"),
     (["--promt", "a"], "did you mean --prompt")])
 def test_sample_refuses_in_one_sentence(run, args, sentence):
-    import re
     done = call("sample.py", "--model_path", str(run[0]), *args)
     assert done.returncode == 2 and re.search(sentence, done.stderr) and done.stderr.count("\n") == 1, done.stderr
 
