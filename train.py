@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -30,16 +31,26 @@ MAX_SKIPPED = 5  # non-finite steps in a row that stop a run
 # ---- one update
 
 
-def train_step(model, optimizer, data, step, cfg, sampler):
+def load_batches(data, step, cfg, pin=False):
+    """An update's micro-batches, each (sample indices, text, docs), and the valid counts of all of them together.
+
+    pin: in page-locked memory, from where a GPU copies while it computes.
+    """
+    starts = range(0, cfg.batch_size * cfg.grad_accum, cfg.batch_size)
+    micro = [range(first, first + cfg.batch_size) for first in starts]
+    batches = [(index, *data.batch(cfg.seed, step, index, cfg.max_length + cfg.n_ahead_talk)) for index in micro]
+    counts = sum(Valid.from_docs(docs, cfg.n_ahead_talk).counts() for _, _, docs in batches)
+    return [(index, text.pin_memory(), docs.pin_memory()) for index, text, docs in batches] if pin else batches, counts
+
+
+def train_step(model, optimizer, batches, counts, step, cfg, sampler):
     """One optimizer update; everything random is a function of (seed, step, global sample index).
 
     Returns the means of the update's losses and statistics (device tensors) and the gradient norm.
     """
     device, totals = model.lm.head_weight.device, {}
-    micro = [range(first, first + cfg.batch_size) for first in range(0, cfg.batch_size * cfg.grad_accum, cfg.batch_size)]
-    batches = [data.batch(cfg.seed, step, index, cfg.max_length + cfg.n_ahead_talk) for index in micro]
-    counts = sum(Valid.from_docs(docs, cfg.n_ahead_talk).counts() for _, docs in batches).to(device)  # of the whole update
-    for index, (text, docs) in zip(micro, batches, strict=True):
+    counts = counts.to(device)
+    for index, text, docs in batches:
         text, docs = text.to(device, non_blocking=True), docs.to(device, non_blocking=True)
         with autocast(device):
             if cfg.n_ahead == 0:
@@ -118,21 +129,25 @@ def thought_sampler(model, cfg, tokenizer):
 
 
 def train(model, splits, cfg, log, tokenizer, phase):
-    """max_steps updates with evaluations, logging and checkpoints along the way; phase: 'pretrain' or 'think'."""
+    """max_steps updates with evaluations, logging and checkpoints along the way; phase: 'pretrain', 'think' or 'text'."""
     optimizer, sampler = make_optimizer(model, cfg), thought_sampler(model, cfg, tokenizer)
     bar = tqdm(range(cfg.max_steps), desc=phase, unit="step", disable=None, dynamic_ncols=True)
     skipped = in_a_row = 0
     clock, clock_step = time.perf_counter(), 0
+    reader, pin = ThreadPoolExecutor(1), model.lm.head_weight.is_cuda
+    upcoming = reader.submit(load_batches, splits["train"], 0, cfg, pin)
     for step in bar:
-        if phase == "think" and step % cfg.eval_every == 0:
+        if phase != "pretrain" and step % cfg.eval_every == 0:
             evaluate(model, splits["val"], cfg, log, tokenizer, sampler, step)
             clock, clock_step = time.perf_counter(), step
-        totals, grad_norm = train_step(model, optimizer, splits["train"], step, cfg, sampler)
+        batches, counts = upcoming.result()
+        upcoming = reader.submit(load_batches, splits["train"], step + 1, cfg, pin)  # while this update computes
+        totals, grad_norm = train_step(model, optimizer, batches, counts, step, cfg, sampler)
         in_a_row = 0 if grad_norm.isfinite() else in_a_row + 1
         skipped += in_a_row > 0
         if in_a_row == MAX_SKIPPED:
             raise InputError(f"the gradient was not finite {MAX_SKIPPED} updates in a row (step {step}): lower learning_rate or "
-                             "policy_weight; the last checkpoint is untouched")
+                             "policy_weight; what was saved before is untouched")
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.max_steps:
             seconds = (time.perf_counter() - clock) / (done - clock_step)
@@ -145,7 +160,7 @@ def train(model, splits, cfg, log, tokenizer, phase):
             log.say(f"{phase} {done:5d}/{cfg.max_steps}  {shown}  gnorm {grad_norm:.2f}  lr {learning_rate(step, cfg):.1e}  "
                     f"{seconds * 1e3:.0f} ms  {tokens / seconds:.0f} tok/s" + f"  skipped {skipped}" * (skipped > 0),
                     quiet=phase == "pretrain" and done % (cfg.log_every * 10))
-        if phase == "think" and done % cfg.save_every == 0 and done < cfg.max_steps:
+        if phase != "pretrain" and done % cfg.save_every == 0 and done < cfg.max_steps:
             log.save(model, done)
 
 

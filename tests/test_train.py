@@ -35,6 +35,10 @@ def call(name, *args, cwd=ROOT):
     return subprocess.run([sys.executable, str(ROOT / name), *args], cwd=cwd, capture_output=True, text=True, check=False)
 
 
+def update(model, optimizer, data, step, cfg, sampler):
+    return script.train_step(model, optimizer, *script.load_batches(data, step, cfg), step, cfg, sampler)
+
+
 def setup(tmp_path, **changes):
     """(model, optimizer, training split, config) of a small run, thoughts initialised and mixing head past zero."""
     cfg = small(**changes)
@@ -106,7 +110,7 @@ def test_gradient_accumulation_equals_one_big_batch(tmp_path):
     results = []
     for changes in (dict(batch_size=4), dict(batch_size=2, grad_accum=2), dict(batch_size=1, grad_accum=4)):
         model, optimizer, data, cfg = setup(tmp_path, **changes)
-        totals, norm = script.train_step(model.double(), optimizer, data, 0, cfg, model.rollout)
+        totals, norm = update(model.double(), optimizer, data, 0, cfg, model.rollout)
         results.append((torch.cat([p.detach().flatten() for p in model.parameters()]), norm, totals))
     for parameters, norm, totals in results[1:]:
         assert (parameters - results[0][0]).abs().max() < 1e-9 and abs(norm - results[0][1]) < 1e-9 * norm
@@ -121,7 +125,7 @@ def test_optimizer_groups_and_schedule(tmp_path):
     assert all(p.dim() == 1 for p in vectors["params"]) and all(p.dim() == 2 for p in matrices["params"])
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
     assert [script.learning_rate(s, cfg) for s in (0, 1, 3, 50)] == [0.00025, 0.0005, 0.001, 0.001]
-    script.train_step(model, optimizer, data, 0, cfg, model.rollout)
+    update(model, optimizer, data, 0, cfg, model.rollout)
     assert [g["lr"] for g in optimizer.param_groups] == [0.00025, 0.00025, 0.0025]
     cosine = dataclasses.replace(cfg, schedule="cosine", max_steps=104)
     assert math.isclose(script.learning_rate(54, cosine), 0.001 * 0.55) and math.isclose(script.learning_rate(104, cosine), 1e-4)
@@ -133,7 +137,7 @@ def test_optimizer_groups_and_schedule(tmp_path):
 def test_only_what_is_trainable_moves(tmp_path, trainable, moved):
     model, optimizer, data, cfg = setup(tmp_path, trainable=trainable, grad_clip=1e9)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    script.train_step(model, optimizer, data, 0, cfg, model.rollout)
+    update(model, optimizer, data, 0, cfg, model.rollout)
     assert {n.split(".")[0] for n, p in model.named_parameters() if not torch.equal(p, before[n])} == moved
 
 
@@ -143,7 +147,7 @@ def test_no_thoughts_is_the_plain_mean_nll(tmp_path):
     with torch.no_grad():
         log_probs = model.lm.logits(model.text_states(text, docs)).log_softmax(-1)
     expected = -log_probs[:, :20].gather(-1, text[:, 1:21, None]).mean()
-    totals, _ = script.train_step(model, optimizer, data, 0, cfg, None)
+    totals, _ = update(model, optimizer, data, 0, cfg, None)
     assert abs(totals["nll_base"] - expected) < 1e-5 and set(totals) == {"nll_base"}
 
 
@@ -182,14 +186,14 @@ def test_compiled_blocks_are_not_compiled_again_after_warm_up(tmp_path):
     torch._dynamo.reset()
     counters.clear()
     model, optimizer, data, cfg = setup(tmp_path, n_layers=1)
-    plain, _ = script.train_step(model, optimizer, data, 0, cfg, model.rollout)
+    plain, _ = update(model, optimizer, data, 0, cfg, model.rollout)
     model, optimizer, data, cfg = setup(tmp_path, n_layers=1)
     for block in model.lm.model.layers:
         block.compile(dynamic=False, backend="eager")  # the same guards as with any backend
-    compiled, _ = script.train_step(model, optimizer, data, 0, cfg, model.rollout)
+    compiled, _ = update(model, optimizer, data, 0, cfg, model.rollout)
     assert all(abs(plain[k] - v) < 1e-5 for k, v in compiled.items())
     for step in range(3):
-        script.train_step(model, optimizer, data, step, cfg, model.rollout)
+        update(model, optimizer, data, step, cfg, model.rollout)
         if step == 0:
             warm = counters["stats"]["unique_graphs"]
     assert warm > 0 and counters["stats"]["unique_graphs"] == warm
@@ -201,7 +205,7 @@ def test_checkpointed_blocks_give_the_same_update(tmp_path):
     for checkpointing in (False, True):
         model, optimizer, data, cfg = setup(tmp_path)
         speed_up(model, torch.device("cpu"), checkpointing)
-        script.train_step(model, optimizer, data, 0, cfg, model.rollout)
+        update(model, optimizer, data, 0, cfg, model.rollout)
         results.append({n.replace("_checkpoint_wrapped_module.", ""): p.detach() for n, p in model.named_parameters()})
     assert results[0].keys() == results[1].keys()
     assert all(torch.allclose(results[0][n], p, atol=1e-6) for n, p in results[1].items())
