@@ -259,7 +259,8 @@ def check_context(config, n_positions):
     """InputError where `n_positions` RoPE positions are more than the model knows or than its attention window."""
     if n_positions > config.max_context:
         window = " (its sliding window)" if config.sliding_window else ""
-        raise InputError(f"{n_positions} positions are more than the model's context of {config.max_context}{window}")
+        raise InputError(f"{n_positions} positions are more than the model's context of {config.max_context}{window}: "
+                         "shorten the text (the prompt and max_new_tokens, or max_length) or the thoughts")
 
 
 def load_tokenizer(folder):
@@ -306,8 +307,8 @@ def save(folder, model, tokenizer_json, info):
     partial.mkdir(parents=True)
 
     lm = model.lm if isinstance(model, QuietStar) else model
-    own = {name: p for name, p in model.named_parameters() if lm is not model and not name.startswith("lm.")}
-    for name, tensors in (("model", dict(lm.named_parameters())), ("quietstar", own)):
+    own = {name: x for name, x in model.state_dict().items() if lm is not model and not name.startswith("lm.")}
+    for name, tensors in (("model", lm.state_dict()), ("quietstar", own)):  # free of the prefixes of wrapped blocks
         if tensors:  # transformers insists on the metadata
             save_file({n: p.detach().contiguous() for n, p in tensors.items()}, partial / f"{name}.safetensors",
                       {"format": "pt"})
