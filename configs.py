@@ -296,3 +296,31 @@ class SampleConfig:
             raise ConfigError(f"n_ahead={self.n_ahead}: a thought has at least 3 tokens; --no_thoughts does without")
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    input: str | None = setting(None, "a .txt, .jsonl, .parquet (also .gz) or other text file, or a folder of them; "
+                                "none: a Hugging Face dataset")
+    dataset_name: str = setting("HuggingFaceFW/fineweb-edu", "its id")
+    dataset_subset: str | None = setting(None, "its config or folder; none: sample-10BT of FineWeb-Edu, else default")
+    text_field: str = setting("text", "column or key of the text")
+    min_score: int = setting(3, "least int_score of a document, where the data has one")
+    max_tokens: int | None = setting(200_000_000, "stop after the document that reaches this many; none: take all")
+    val_fraction: float = setting(0.01, "share of documents held out, chosen by their hash")
+    tokenizer: str = setting("Qwen/Qwen2.5-3B", "folder or Hub id with a tokenizer.json, or train:N for a new "
+                             "byte-level BPE of N entries, trained on the text")
+    out: str | None = setting(None, "folder to make; none: named after the input or dataset, in data/")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            check_type(f, getattr(self, f.name))
+        if self.input and (self.dataset_name, self.dataset_subset) != (PrepareConfig.dataset_name, None):
+            raise ConfigError("--input takes the place of a dataset: leave out --dataset_name and --dataset_subset")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ConfigError(f"max_tokens={self.max_tokens}: must be at least 1, or none")
+        if not 0 < self.val_fraction < 1:
+            raise ConfigError(f"val_fraction={self.val_fraction}: must lie between 0 and 1")
+        name, _, count = self.tokenizer.partition(":")
+        if name == "train" and not (count.isdecimal() and int(count) >= 257):
+            raise ConfigError("--tokenizer train:N needs an N of at least 257: 256 bytes and the end-of-text token")

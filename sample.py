@@ -9,7 +9,7 @@ import torch
 from configs import ConfigError, SampleConfig, help_text, parse_options
 from nanoqstar import InputError, hf
 from nanoqstar.quietstar import QuietStar
-from nanoqstar.runtime import autocast, pick_device
+from nanoqstar.runtime import pick_device
 from nanoqstar.sampling import generate
 
 
@@ -23,7 +23,8 @@ def newest_run():
 
 def load(cfg, device):
     """(model, tokenizer, n_ahead) as the settings ask for."""
-    lm, thoughts, folder = hf.load(cfg.model_path or newest_run(), device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # reading the weights is what decoding costs
+    lm, thoughts, folder = hf.load(cfg.model_path or newest_run(), device, dtype)
     tokenizer = hf.load_tokenizer(folder)
     info = folder / "nanoqstar.json"
     trained = json.loads(info.read_text()).get("config", {}) if info.exists() else {}
@@ -32,7 +33,7 @@ def load(cfg, device):
         if not cfg.no_thoughts:
             print("this model was never taught to think: writing without thoughts", file=sys.stderr)
         return model, tokenizer, 0
-    model.load_state_dict(thoughts, strict=False)
+    model.load_state_dict(thoughts, strict=False)  # start, end and mixing head stay fp32
     return model, tokenizer, 0 if cfg.no_thoughts else cfg.n_ahead or trained.get("n_ahead", 8)
 
 
@@ -72,15 +73,14 @@ def main(args):
         device = pick_device(cfg.device)
         model, tokenizer, n_ahead = load(cfg, device)
         generator = torch.Generator(device).manual_seed(cfg.seed)
-        with autocast(device):
-            if cfg.prompt is not None:
-                write(model, tokenizer, n_ahead, cfg, cfg.prompt, generator)
-                return
-            while True:
-                try:
-                    write(model, tokenizer, n_ahead, cfg, input("> "), generator)
-                except InputError as error:  # the next prompt may be better
-                    print(f"error: {error}", file=sys.stderr)
+        if cfg.prompt is not None:
+            write(model, tokenizer, n_ahead, cfg, cfg.prompt, generator)
+            return
+        while True:
+            try:
+                write(model, tokenizer, n_ahead, cfg, input("> "), generator)
+            except InputError as error:  # the next prompt may be better
+                print(f"error: {error}", file=sys.stderr)
     except (ConfigError, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

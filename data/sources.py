@@ -30,10 +30,8 @@ def file_kind(name):
 def looks_readable(path):
     """Whether a folder's file is data by its name, or begins as UTF-8 text; .json may be anything and is left out."""
     name = path.name.lower()
-    if name.endswith(".json"):
-        return False
-    if file_kind(name) in ("parquet", "jsonl") or name.endswith(".txt.gz"):
-        return True
+    if name.endswith((".parquet", ".jsonl", ".json", ".gz")):
+        return file_kind(name) is not None and not name.endswith(".json")
     try:
         with open(path, encoding="utf-8") as file:
             return "\0" not in file.read(2**20)
@@ -47,9 +45,9 @@ def local_files(root, out):
         raise InputError(f"--input: there is no file or folder {root}")
     if root.is_file():
         return [str(root)]
-    found = [path for path in sorted(root.rglob("*"))
-             if path.is_file() and not {out, partial_folder(out)} & set(path.parents)
-             and not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    ours = {out, partial_folder(out)}
+    found = [path for path in sorted(root.rglob("*")) if path.is_file() and ours.isdisjoint(path.parents)
+             and "/." not in f"/{path.relative_to(root).as_posix()}"]
     files = [str(path) for path in found if looks_readable(path)]
     if len(files) < len(found):
         print(f"skipped {len(found) - len(files)} of {len(found)} files: .json, binary, or not UTF-8")
@@ -83,8 +81,7 @@ def hub_files(name, subset):
     if configs and subset not in configs:
         raise InputError(f"{name} has no subset {subset!r}; --dataset_subset can be {', '.join(configs)}")
     if configs:
-        config = configs[subset]
-        patterns = train_patterns(config.get("data_files") or f"{config.get('data_dir', subset)}/**")
+        patterns = train_patterns(configs[subset].get("data_files") or f"{configs[subset].get('data_dir', subset)}/*")
     else:
         patterns = ["*" if subset == "default" else f"{subset}/*"]
         names = [n for n in names if not re.search(r"(?<![a-z])(test|val|validation|dev)(?![a-z])", n)]
@@ -98,58 +95,53 @@ def hub_files(name, subset):
 # ---- documents of a file
 
 
-def read_text(file):
+def read_text(file, cfg):
     """Pieces of about DOCUMENT_CHARS, cut at line ends where there are any."""
     text = io.TextIOWrapper(file, encoding="utf-8-sig")
     while piece := text.read(DOCUMENT_CHARS):
         yield piece + text.readline(DOCUMENT_CHARS)
 
 
-def read_jsonl(file):
-    for line in file:
-        try:
-            yield json.loads(line) if line.strip() else {}
-        except ValueError:
-            yield None
+def read_jsonl(file, cfg):
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            yield text_of(row, f"line {number}", cfg)
 
 
-def read_parquet(file, fields):
-    """The rows as dicts of those `fields` that there are; of all columns where the first one is missing."""
+def read_parquet(file, cfg):
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise InputError("reading .parquet needs pyarrow: pip install -e '.[data]'") from None
-    table = ParquetFile(file)
-    names = table.schema_arrow.names
-    columns = [field for field in fields if field in names] if fields[0] in names else None
-    for batch in table.iter_batches(batch_size=1024, columns=columns):
-        yield from batch.to_pylist()
+    parquet = ParquetFile(file)
+    names = parquet.schema_arrow.names
+    columns = [name for name in names if name in (cfg.text_field, "int_score")] if cfg.text_field in names else None
+    for batch in parquet.iter_batches(batch_size=1024, columns=columns):
+        yield from (text_of(row, "a row", cfg) for row in batch.to_pylist())
 
 
-def texts_of(rows, field, min_score):
-    """The texts of dicts, those without one and those of a lower int_score left out."""
-    for number, row in enumerate(rows, 1):
-        if row == {}:
-            continue
-        if not isinstance(row, dict) or not isinstance(text := row.get(field, 0), str | None):
-            fields = f"fields {', '.join(row)}" if isinstance(row, dict) else "no JSON object"
-            raise ValueError(f"row {number} has no text in {field!r}, but {fields}; --text_field names another")
-        if text and (row.get("int_score") is None or row["int_score"] >= min_score):
-            yield text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair, UTF-8 cannot
+def text_of(row, where, cfg):
+    """The text of a dict, or None where its int_score is too low; ValueError where it has none."""
+    if not isinstance(row, dict) or not isinstance(row.get(cfg.text_field, 0), str | None):
+        found = f"the fields {', '.join(row)}" if isinstance(row, dict) else "no JSON object"
+        raise ValueError(f"{where} has no text in {cfg.text_field!r}, but {found}; --text_field names another")
+    score = row.get("int_score")
+    return row[cfg.text_field] if score is None or score >= cfg.min_score else None
 
 
 def read_documents(path, name, cfg):
     """Yields (share of the file read so far, text) for every document that passes the filter."""
     kind = file_kind(name) or "text"
     try:
-        with open(path, "rb") as raw:
+        with open(path, "rb") as raw, gzip.open(raw) if name.lower().endswith(".gz") else raw as file:
             size = Path(path).stat().st_size
-            file = gzip.open(raw) if name.lower().endswith(".gz") and file_kind(name) else raw
-            rows = {"text": read_text, "jsonl": read_jsonl,
-                    "parquet": lambda f: read_parquet(f, [cfg.text_field, "int_score"])}[kind](file)
-            for text in rows if kind == "text" else texts_of(rows, cfg.text_field, cfg.min_score):
-                if not text.isspace():
-                    yield raw.tell() / size, text
+            for text in {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet}[kind](file, cfg):
+                if text and not text.isspace():  # JSON can hold half a surrogate pair, UTF-8 cannot
+                    yield raw.tell() / size, text.encode("utf-8", "replace").decode()
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"{name} cannot be read as {kind}: {error}") from None
 

@@ -301,7 +301,7 @@ def bench_sample(shape, device):
     result = {}
     model = make_model(shape, device)
     if device.type == "cuda":
-        model = model.to(torch.bfloat16)
+        model.lm.to(torch.bfloat16)
     weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embed_tokens" not in n)
     if shape.model.tie_word_embeddings:
         weights += model.lm.head_weight.numel() * model.lm.head_weight.element_size()

@@ -68,6 +68,10 @@ class DatasetWriter:
                     raise InputError(f"{file.name} is too short: delete {self.partial} and start again")
                 file.truncate(size)
 
+    @property
+    def n_tokens(self):
+        return sum(count["tokens"] for count in self.counts.values())
+
     def add(self, split, ids):
         """Appends one document: a non-empty list or array of token ids, end-of-text included where there is one."""
         tokens, starts = self.files[split]

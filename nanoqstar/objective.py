@@ -14,7 +14,7 @@ def fp32_logits(hidden, weight, banned=None, temperature=1.0):
     Under autocast the product runs in its dtype.  hidden (N, D), weight (V, D), banned (V,) bool -> (N, V).
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    hidden, weight = (x.to(compute_dtype(x)) for x in (hidden, weight))
+    hidden, weight = (x.to(compute_dtype(weight)) for x in (hidden, weight))
     with torch.autocast(hidden.device.type, enabled=False):
         if hidden.is_cuda and hidden.dtype != dtype:
             logits = torch.mm(hidden, weight.T, out_dtype=dtype)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from nanoqstar.attention import dense
-from nanoqstar.objective import compute_dtype, fp32_logits
+from nanoqstar.objective import compute_dtype, fp32_logits, sample_tokens
 from nanoqstar.qwen2 import KVCache
 
 
@@ -46,12 +46,13 @@ def generate(model, prompts, max_new_tokens, n_ahead, temperature=1.0, top_k=Non
     n_ahead: K; 0 for no thoughts: the base model.  Thoughts are sampled at the model's thought temperature.
     generator: of the model's device, for both thoughts and text.
     """
-    device, batch = model.lm.head_weight.device, len(prompts)
+    head, batch = model.lm.head_weight, len(prompts)
+    device = head.device
     longest = max(map(len, prompts))
     pads = torch.tensor([longest - len(p) for p in prompts], device=device)
     text = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     n_slots = n_ahead + longest + max_new_tokens  # a thought's slots come first, and the next thought overwrites them
-    cache = KVCache(model.lm.config, batch, n_slots, device, compute_dtype(model.lm.head_weight))
+    cache = KVCache(model.lm.config, batch, n_slots, device, compute_dtype(head))
     slot = torch.arange(n_slots, device=device)
     is_text = (slot >= n_ahead + pads[:, None])[:, None, None]  # (B, 1, 1, n_slots)
 
@@ -63,41 +64,60 @@ def generate(model, prompts, max_new_tokens, n_ahead, temperature=1.0, top_k=Non
         used = int(last_text) + 1 if device.type == "cpu" else n_slots  # a GPU prefers one shape
         return model.lm(x, positions, lambda q, k, v: dense(mask[..., :used])(q, k[:, :, :used], v[:, :, :used]), cache)
 
-    def place(first, count):
-        """Slots and RoPE positions of `count` text tokens."""
-        index = torch.arange(first, first + count, device=device)
-        return index + n_ahead, (index - pads[:, None]).clamp(min=0)
-
-    def think(hidden):
-        logits = fp32_logits(hidden, model.lm.head_weight, model.banned, model.thought_temperature)
-        return sample_token(logits, generator=generator)
+    def step(newest, n, u):
+        """The next token's logits, from the newest token (B,), which is number n (), by way of a thought (B, S)."""
+        positions = (n - pads)[:, None]
+        text_slot, x = (n + n_ahead)[None], model.lm.embed(newest)[:, None]
+        if not n_ahead:
+            hidden = forward(x, text_slot, positions, text_slot)[:, -1]
+            return fp32_logits(hidden, head, model.banned), newest[:, None][:, :0], torch.zeros_like(hidden[:, 0])
+        start, end = (e.to(x.dtype).expand(batch, 1, -1) for e in (model.start_embedding, model.end_embedding))
+        hidden = forward(torch.cat((x, start), dim=1), torch.cat((text_slot, slot[:1])),
+                         torch.cat((positions, positions + 1), dim=1), text_slot)
+        base, thought = hidden[:, 0], []
+        for k in range(1, n_ahead - 1):  # t_k from the token before it
+            if k > 1:
+                hidden = forward(x, slot[k - 1:k], positions + k, text_slot)
+            ids, _ = sample_tokens(hidden[:, -1], head, u[:, k - 1:k], model.thought_temperature, model.banned)
+            thought.append(ids[:, 0])
+            x = model.lm.embed(thought[-1])[:, None]
+        last = slot[n_ahead - 2:n_ahead]  # t_S and end
+        talk = forward(torch.cat((x, end), dim=1), last, positions + 1 + last, text_slot)[:, -1]
+        base, talk = (h.to(model.start_embedding.dtype) for h in (base, talk))  # bf16 weights keep an fp32 mixing head
+        mix = model.mixing_head(model.mixing_head.base_half(base), talk)
+        return fp32_logits(base + mix * (talk - base), head, model.banned), torch.stack(thought, dim=1), mix[:, 0]
 
     if longest > 1:
-        slots, positions = place(0, longest - 1)
-        forward(text[:, :-1], slots, positions, slots[-1:])
-    newest = text[:, -1]
+        index = torch.arange(longest - 1, device=device)
+        forward(text[:, :-1], index + n_ahead, (index - pads[:, None]).clamp(min=0), index[-1:] + n_ahead)
+    newest, run = text[:, -1], step
     for n in range(longest - 1, longest - 1 + max_new_tokens):
-        slots, positions = place(n, 1)
-        last_text, thought = slots, []
-        x = model.lm.embed(newest)[:, None]
-        if n_ahead:
-            x = torch.cat((x, model.start_embedding.to(x.dtype).expand(batch, 1, -1)), dim=1)
-            hidden = forward(x, torch.cat((slots, slot[:1])), torch.cat((positions, positions + 1), dim=1), last_text)
-            base = hidden[:, 0]
-            for k in range(1, n_ahead - 1):  # t_k from the token before it
-                thought.append(think(hidden[:, -1]))
-                x = model.lm.embed(thought[-1])[:, None]
-                if k < n_ahead - 2:
-                    hidden = forward(x, slot[k:k + 1], positions + 1 + k, last_text)
-            x = torch.cat((x, model.end_embedding.to(x.dtype).expand(batch, 1, -1)), dim=1)
-            offsets = torch.tensor([n_ahead - 2, n_ahead - 1], device=device)
-            talk = forward(x, slot[n_ahead - 2:n_ahead], positions + 1 + offsets, last_text)[:, -1]
-            mix = model.mixing_head(model.mixing_head.base_half(base), talk)
-            hidden, mix = base + mix * (talk - base), mix[:, 0]
-        else:
-            hidden = forward(x, slots, positions, last_text)[:, -1]
-            mix = hidden.new_zeros(batch)
-        logits = fp32_logits(hidden, model.lm.head_weight, model.banned)
+        u = torch.rand(batch, max(0, n_ahead - 2), generator=generator, device=device)
+        inputs = newest, torch.tensor(n, device=device), u
+        if device.type == "cuda" and run is step:
+            run = Graph(step, inputs)
+        logits, thoughts, mix = run(*inputs)
         newest = sample_token(logits, temperature, top_k, top_p, generator)
-        thoughts = torch.stack(thought, dim=1) if thought else newest.new_zeros(batch, 0)
-        yield Step(newest, thoughts, mix, logits)
+        yield Step(newest, thoughts.clone(), mix.clone(), logits.clone())
+
+
+class Graph:
+    """A function of tensors, captured once as a CUDA graph and replayed: its dependent forwards launch as one."""
+
+    def __init__(self, function, inputs):
+        self.inputs = [x.clone() for x in inputs]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries allocate on their first calls, which a capture does not allow
+            for _ in range(2):
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = function(*self.inputs)
+
+    def __call__(self, *inputs):
+        for static, x in zip(self.inputs, inputs, strict=True):
+            static.copy_(x)
+        self.graph.replay()
+        return self.outputs

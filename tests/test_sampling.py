@@ -7,6 +7,7 @@ import torch
 
 from nanoqstar import sampling
 from nanoqstar.attention import dense
+from nanoqstar.objective import fp32_logits
 from nanoqstar.sampling import generate, sample_token
 
 PROMPTS = [[5, 9, 2, 30, 11], [40], [3, 3, 58, 21], [8, 1, 44, 13, 13, 6, 52]]
@@ -44,14 +45,18 @@ def test_cached_decoding_is_full_recomputation(make_model, tied, n_ahead):
     assert [len(c) for c in contexts] == [11, 7, 10, 13]
 
 
-def likeliest(logits, *args, **kwargs):
-    return logits.argmax(-1)
+@pytest.fixture
+def likeliest(monkeypatch):
+    """Text and thoughts are the likeliest tokens each time."""
+    def likeliest_thought(hidden, weight, u, temperature, banned):
+        return fp32_logits(hidden, weight, banned, temperature).argmax(-1, keepdim=True), None
+    monkeypatch.setattr(sampling, "sample_tokens", likeliest_thought)
+    monkeypatch.setattr(sampling, "sample_token", lambda logits, *settings: logits.argmax(-1))
 
 
 @pytest.mark.parametrize("n_ahead", [0, 3, 6])
-def test_thoughts_are_those_of_full_recomputation(make_model, monkeypatch, n_ahead):
+def test_thoughts_are_those_of_full_recomputation(make_model, likeliest, n_ahead):
     """Every token of a thought from the unmixed state before it; here the likeliest each time, at a temperature."""
-    monkeypatch.setattr(sampling, "sample_token", likeliest)
     model, context = make_model(thought_temperature=2.0), list(PROMPTS[0])
     with torch.no_grad():
         for step in generate(model, PROMPTS[:1], 4, n_ahead):
@@ -64,9 +69,8 @@ def test_thoughts_are_those_of_full_recomputation(make_model, monkeypatch, n_ahe
 
 
 @pytest.mark.parametrize("n_ahead", [0, 3, 6])
-def test_prompts_together_are_prompts_alone(make_model, monkeypatch, n_ahead):
+def test_prompts_together_are_prompts_alone(make_model, likeliest, n_ahead):
     """What pads the shorter ones on the left is seen by nobody."""
-    monkeypatch.setattr(sampling, "sample_token", likeliest)
     model = make_model(tied=False)
     together = list(generate(model, PROMPTS, 7, n_ahead))
     for row, prompt in enumerate(PROMPTS):
@@ -79,12 +83,11 @@ def test_prompts_together_are_prompts_alone(make_model, monkeypatch, n_ahead):
 @pytest.mark.parametrize("n_ahead", [0, 4])
 def test_top_k_of_one_is_greedy(make_model, monkeypatch, n_ahead):
     """The same tokens as temperature 0 given the same thoughts, whatever the temperature."""
-    model = make_model()
-    draw, likely = sampling.sample_token, []
+    model, likely = make_model(), []
 
-    def same_thoughts(logits, *settings, **generator):  # those of text are given in order, thoughts have none
-        return draw(logits, *settings, **generator) if settings else logits.argmax(-1)
-    monkeypatch.setattr(sampling, "sample_token", same_thoughts)
+    def same_thoughts(hidden, weight, u, temperature, banned):
+        return fp32_logits(hidden, weight, banned).argmax(-1, keepdim=True), None
+    monkeypatch.setattr(sampling, "sample_tokens", same_thoughts)
     for settings in (dict(temperature=0), dict(top_k=1), dict(top_k=1, temperature=9.0), dict(top_p=1e-9)):
         steps = list(generate(model, PROMPTS, 8, n_ahead, generator=torch.Generator().manual_seed(1), **settings))
         likely.append(torch.stack([s.tokens for s in steps]))
