@@ -106,7 +106,7 @@ def test_every_kind_of_file_in_a_folder(run, tmp_path):
     (source / ".git").mkdir()
     (source / ".git" / "config").write_text("hidden")
 
-    status, out, _ = run("--input", source, "--val_fraction", 0.2, out="source/out dir")  # never reads itself
+    status, out, _ = run("--input", source, "--val_fraction", 0.2, out="source/out dir")
     assert status == 0 and "skipped 5 of 14 files: .json, binary, or not UTF-8" in out
     folder = source / "out dir"
     assert sorted(both(folder)) == sorted(sum(texts.values(), []) + list(plain.values()) + ["zipped\n"])
@@ -115,6 +115,8 @@ def test_every_kind_of_file_in_a_folder(run, tmp_path):
     assert f"{meta['train']['tokens']:,} tokens" in out
     assert float(out.split(" tokens/s")[0].split()[-1].replace(",", "")) > 0  # as the benchmark reads it
     assert out.endswith(f"next: python train.py qwen2_5_3b --data '{folder}'\n")
+    status, out, _ = run("--input", source, "--val_fraction", 0.2, out="source/out dir")  # its own files are no input
+    assert status == 0 and "skipped 5 of 14" in out and "already prepared" in out
 
 
 def test_a_big_text_file_is_cut_at_line_ends(run, tmp_path):
@@ -308,9 +310,9 @@ def test_wrong_inputs_are_named(run, tmp_path, monkeypatch):
     refused(run("--input", tmp_path / "absent"), "--input: there is no file or folder", "absent")
     refused(given("empty.txt", b""), "the train split is empty, of 0 documents")
     refused(given("latin.txt", b"caf\xe9 au lait"), "latin.txt cannot be read as text", "utf-8")
-    refused(given("bad.jsonl", b'{"text": "a"}\n{"text": "b\n'), "bad.jsonl", "line 2 has no text in 'text', but no JSON")
+    refused(given("bad.jsonl", b'{"text": "a"}\n{"text": "b\n'), "bad.jsonl", "line 2 has no text in 'text'", "no JSON")
     refused(given("latin.jsonl", b'{"text": "caf\xe9"}\n'), "latin.jsonl", "line 1", "no JSON")
-    refused(given("field.json", b'{"body": "a", "url": 5}\n'), "line 1", "'text', but the fields body, url", "--text_field")
+    refused(given("field.json", b'{"body": "a", "url": 5}\n'), "line 1", "the fields body, url", "--text_field")
     refused(run("--input", tmp_path / "field.json", "--text_field", "url"), "line 1 has no text in 'url'")
     refused(given("cut.txt.gz", gzip.compress(b"text " * 1000)[:-20]), "cut.txt.gz cannot be read as text")
     refused(given("not.txt.gz", b"text"), "not.txt.gz cannot be read as text", "gzip")
@@ -333,7 +335,7 @@ def test_wrong_tokenizers_are_named(run, tmp_path):
     (tmp_path / "model").mkdir()
     refused(run("--input", text, "--tokenizer", tmp_path / "model"), "model has no tokenizer.json")
     no_end = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
-    for content, words in (('{"version": "1.0"', "is not a tokenizer"), (json.dumps(no_end), "has no end-of-text token")):
+    for content, words in (('{"version": "1.0"', "is not a tokenizer"), (json.dumps(no_end), "no end-of-text token")):
         (tmp_path / "model" / "tokenizer.json").write_text(content)
         refused(run("--input", text, "--tokenizer", tmp_path / "model"), words)
 
@@ -507,5 +509,5 @@ def test_hub_errors_are_one_sentence(hub, tmp_path):
 
 def test_train_patterns_in_every_form():
     assert sources.train_patterns("a/*") == ["a/*"] and sources.train_patterns(["a/*", "c.*"]) == ["a/*", "c.*"]
-    by_split = [{"split": "test", "path": "c.*"}, {"split": "train", "path": "a/*"}, {"split": "train", "path": ["b", "c"]}]
-    assert sources.train_patterns(by_split) == ["a/*", "b", "c"]
+    by_split = {"test": "c.*", "train": ["a/*", "b"]}
+    assert sources.train_patterns([{"split": s, "path": p} for s, p in by_split.items()]) == ["a/*", "b"]
