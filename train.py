@@ -293,7 +293,6 @@ def run(name, cfg):
     device = pick_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    torch.set_float32_matmul_precision("high")
     if cfg.data != "fold":
         TokenDataset(cfg.data, "train")  # a bad folder is refused before anything is made
     out = new_folder(cfg, name)

@@ -31,7 +31,7 @@ def looks_readable(path):
     """Whether a folder's file is data by its name, or begins as UTF-8 text; .json may be anything and is left out."""
     name = path.name.lower()
     if name.endswith((".parquet", ".jsonl", ".json", ".gz")):
-        return file_kind(name) is not None and not name.endswith(".json")
+        return file_kind(name) is not None and not name.endswith((".json", ".json.gz"))
     try:
         with open(path, encoding="utf-8") as file:
             return "\0" not in file.read(2**20)
@@ -117,10 +117,10 @@ def read_parquet(file, cfg):
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise InputError("reading .parquet needs pyarrow: pip install -e '.[data]'") from None
-    parquet = ParquetFile(file)
+    parquet = ParquetFile(file, pre_buffer=False)  # or it reads far ahead, and the share read so far says nothing
     names = parquet.schema_arrow.names
     columns = [name for name in names if name in (cfg.text_field, "int_score")] if cfg.text_field in names else None
-    for batch in parquet.iter_batches(batch_size=1024, columns=columns):
+    for batch in parquet.iter_batches(batch_size=64, columns=columns):
         yield from (text_of(row, "a row", cfg) for row in batch.to_pylist())
 
 

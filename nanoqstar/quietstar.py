@@ -36,15 +36,22 @@ class MixingHead(nn.Sequential):
         super().__init__(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1, bias=False))
 
     def base_half(self, base):
-        """base (.., D) -> (.., D): its share of the first layer."""
-        return F.linear(base, self[0].weight[:, :base.shape[-1]])
+        """base (.., D) -> (.., D): its share of the first layer, in fp32 at least."""
+        return self.apply_in_full(lambda x: F.linear(x, self[0].weight[:, :x.shape[-1]]), base)
 
     def forward(self, base_half, talk):
-        """base_half and talk (.., D), broadcastable -> mixing weight (.., 1)."""
-        x = base_half + F.linear(talk, self[0].weight[:, talk.shape[-1]:], self[0].bias)
-        for layer in list(self)[1:]:
-            x = layer(x)
-        return x
+        """base_half and talk (.., D), broadcastable -> mixing weight (.., 1), in fp32 at least."""
+        def rest(talk):
+            x = base_half + F.linear(talk, self[0].weight[:, talk.shape[-1]:], self[0].bias)
+            for layer in list(self)[1:]:
+                x = layer(x)
+            return x
+        return self.apply_in_full(rest, talk)
+
+    def apply_in_full(self, function, x):
+        """Outside autocast: bf16 would leave the weight three digits, and the head costs under a hundredth of a step."""
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x.to(self[0].weight.dtype))
 
 
 @dataclass

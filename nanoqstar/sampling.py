@@ -83,7 +83,6 @@ def generate(model, prompts, max_new_tokens, n_ahead, temperature=1.0, top_k=Non
             x = model.lm.embed(thought[-1])[:, None]
         last = slot[n_ahead - 2:n_ahead]  # t_S and end
         talk = forward(torch.cat((x, end), dim=1), last, positions + 1 + last, text_slot)[:, -1]
-        base, talk = (h.to(model.start_embedding.dtype) for h in (base, talk))  # bf16 weights keep an fp32 mixing head
         mix = model.mixing_head(model.mixing_head.base_half(base), talk)
         return fp32_logits(base + mix * (talk - base), head, model.banned), torch.stack(thought, dim=1), mix[:, 0]
 

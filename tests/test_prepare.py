@@ -88,10 +88,9 @@ def refused(result, *words):
 def test_every_kind_of_file_in_a_folder(run, tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     source = tmp_path / "source"
-    texts = {kind: sentences(i, 40) for i, kind in enumerate(("jsonl", "gz", "json.gz", "parquet", "parquet.gz"), 1)}
+    texts = {kind: sentences(i, 40) for i, kind in enumerate(("jsonl", "gz", "parquet", "parquet.gz"), 1)}
     write_jsonl(source / "a.jsonl", texts["jsonl"])
     write_jsonl(source / "deep" / "er" / "b.jsonl.gz", texts["gz"])
-    write_jsonl(source / "c.json.gz", texts["json.gz"])
     pq.write_table(pa.table({"id": range(40), "text": texts["parquet"]}), source / "d.parquet", row_group_size=7)
     pq.write_table(pa.table({"text": texts["parquet.gz"]}), tmp_path / "e.parquet")
     (source / "e.parquet.gz").write_bytes(gzip.compress((tmp_path / "e.parquet").read_bytes()))
@@ -101,22 +100,22 @@ def test_every_kind_of_file_in_a_folder(run, tmp_path):
     (source / "i.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfzipped\n"))
     for name, content in (("image.png", b"\x89PNG\r\n\x1a\n\x00\xff"), ("latin.py", "# caf\xe9".encode("latin-1")),
                           ("latin.txt", "caf\xe9".encode("latin-1")), ("h.json", b'{"any": "thing"}'),
-                          ("a.tar.gz", gzip.compress(b"text"))):
+                          ("a.tar.gz", gzip.compress(b"text")), ("h.json.gz", gzip.compress(b"[]"))):
         (source / name).write_bytes(content)
     (source / ".git").mkdir()
     (source / ".git" / "config").write_text("hidden")
 
     status, out, _ = run("--input", source, "--val_fraction", 0.2, out="source/out dir")
-    assert status == 0 and "skipped 5 of 14 files: .json, binary, or not UTF-8" in out
+    assert status == 0 and "skipped 6 of 14 files: .json, binary, or not UTF-8" in out
     folder = source / "out dir"
     assert sorted(both(folder)) == sorted(sum(texts.values(), []) + list(plain.values()) + ["zipped\n"])
     meta = TokenDataset(folder, "val").meta
-    assert meta["val_fraction"] == 0.2 and meta["source"]["input"] == str(source) and meta["source"]["files"] == 9
+    assert meta["val_fraction"] == 0.2 and meta["source"]["input"] == str(source) and meta["source"]["files"] == 8
     assert f"{meta['train']['tokens']:,} tokens" in out
     assert float(out.split(" tokens/s")[0].split()[-1].replace(",", "")) > 0  # as the benchmark reads it
     assert out.endswith(f"next: python train.py qwen2_5_3b --data '{folder}'\n")
     status, out, _ = run("--input", source, "--val_fraction", 0.2, out="source/out dir")  # its own files are no input
-    assert status == 0 and "skipped 5 of 14" in out and "already prepared" in out
+    assert status == 0 and "skipped 6 of 14" in out and "already prepared" in out
 
 
 def test_a_big_text_file_is_cut_at_line_ends(run, tmp_path):
@@ -131,10 +130,10 @@ def test_a_big_text_file_is_cut_at_line_ends(run, tmp_path):
 
 def test_text_field_empty_and_broken_texts(run, tmp_path):
     texts = sentences(1, 60)
-    write_jsonl(tmp_path / "a.jsonl", [*texts, "", None, "half \ud800 pair"], field="body")
-    with open(tmp_path / "a.jsonl", "a") as file:
+    write_jsonl(tmp_path / "a.json", [*texts, "", None, "half \ud800 pair"], field="body")
+    with open(tmp_path / "a.json", "a") as file:
         file.write("\n\n")
-    assert run("--input", tmp_path / "a.jsonl", "--text_field", "body", "--val_fraction", 0.2)[0] == 0
+    assert run("--input", tmp_path / "a.json", "--text_field", "body", "--val_fraction", 0.2)[0] == 0
     assert sorted(both(tmp_path / "out")) == sorted([*texts, "half ? pair"])
 
 
@@ -147,6 +146,21 @@ def test_min_score_applies_where_int_score_exists(run, tmp_path):
     assert run("--input", tmp_path / "in", "--val_fraction", 0.2, "--min_score", 4)[0] == 0
     kept = [text for text, score in zip(texts, scores) if score >= 4]
     assert sorted(both(tmp_path / "out")) == sorted(kept + sentences(2, 10))
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "parquet"])
+def test_documents_come_with_the_share_of_the_input_read_so_far(tmp_path, kind):
+    texts = ["".join(np.random.default_rng(i).choice(list("abcdefgh "), 2000)) + "\n" for i in range(500)]
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=20)
+    else:
+        write_jsonl(path, texts) if "jsonl" in kind else path.write_text("".join(texts))
+    source = sources.Source(prepare.PrepareConfig(), [str(path)] * 2)
+    shares = [share for _, _, share, _ in source.documents()]
+    assert shares == sorted(shares) and shares[-1] > 0.9
+    assert all(abs(share - (i + 1) / len(shares)) < 0.1 for i, share in enumerate(shares))
 
 
 # --- tokens ---

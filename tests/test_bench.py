@@ -1,0 +1,82 @@
+"""The benchmark counts and measures what it says."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanoqstar import bench
+from nanoqstar.objective import Valid, quiet_star_loss
+
+SMALL = bench.Shape(bench.qwen(32, 2, 4, 2, 64, 50, tied=False, bias=False), 2, 5, 2, 2, 20)
+
+
+def test_quartiles_by_hand():
+    assert bench.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0}
+    assert bench.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 1.5, "high": 4.5}
+
+
+@pytest.mark.parametrize("shape", [SMALL, replace(SMALL, n_passes=1, n_ahead=3, n_ahead_talk=1), replace(SMALL, batch=1)])
+def test_useful_flops_are_those_that_torch_counts(shape):
+    """Products with weights exactly; attention besides, of which two-part computes a little more than is visible."""
+    cpu, m, t = torch.device("cpu"), shape.model, shape.n_positions
+    model = bench.make_model(shape, cpu)
+    text, docs = bench.synthetic(shape, cpu)
+    with FlopCounterMode(display=False) as counter:
+        model.rollout(text, docs, torch.rand(shape.batch, shape.n_passes, t, shape.n_ahead - 2))
+    sampling, learning = bench.flops(shape)
+    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op) and "bmm" not in str(op))
+    attention = 4 * m.num_attention_heads * m.head_dim * m.num_hidden_layers * shape.batch
+    layout = shape.layout
+    pairs = layout.n_text * (layout.n_text + 1) // 2 + sum(
+        (i + 1) * (1 + shape.n_passes * (layout.n_sampled - 1)) + 1 + shape.n_passes * sum(
+            place + 1 for place in range(1, layout.n_sampled)) for i in range(t))
+    assert sampling == products + attention * pairs
+    thoughts = torch.randint(m.vocab_size, (shape.batch, shape.n_passes, t, shape.n_ahead - 2))
+    valid = Valid.from_docs(docs, shape.n_ahead_talk)
+    with FlopCounterMode(display=False) as counter:
+        states = model.score(text, docs, thoughts)
+        quiet_star_loss(states, model.lm.head_weight, text, thoughts, valid, valid.counts(), base_weight=0.5,
+                        mixed_weight=0.5, policy_weight=1.0, clamp_advantage=False, reinforce_temperature=3.0)[0].backward()
+    assert 0.9 < learning / counter.get_total_flops() < 1.15
+
+
+def test_both_workers_report_times_and_memory():
+    for which in ("ours", "staged"):
+        result = bench.worker(which, SMALL, torch.device("cpu"), None, 2)
+        assert len(result["times"]) == 2 and all(len(t) == 4 and sum(t) > 0 for t in result["times"])
+        assert result["peak"] >= 0 and result["resident"] > 0
+
+
+def test_the_command_compares_in_one_run(tmp_path):
+    """At the demo's shape, which is small; ours must at least be measured, and the ratio be theirs over ours."""
+    done = subprocess.run([sys.executable, "-m", "nanoqstar.bench", "train", "--config", "tiny", "--device", "cpu",
+                           "--batch_size", "1", "--no_scaling", "--json", str(tmp_path / "b.json")],
+                          cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "b.json").read_text())
+    train = result["train tiny"]
+    assert {"hardware", "matrix_rate"} <= result.keys() and {"speedup", "memory_ratio", "mfu", "parts", "step"} <= train.keys()
+    assert 0 < train["mfu"] < 1 and "MFU" in done.stdout and "times as fast" in done.stdout
+    assert train["speedup"]["low"] <= train["speedup"]["median"] <= train["speedup"]["high"]
+
+
+def test_decoding_is_measured_against_the_bandwidth(monkeypatch):
+    monkeypatch.setattr(bench, "copy_rate", lambda device: 1e9)
+    result = bench.bench_sample(SMALL, torch.device("cpu"))
+    assert set(result) == {f"batch {b}, {w}" for b in (1, 8) for w in ("thoughts of 5", "no thoughts")}
+    weights = sum(p.numel() for n, p in bench.make_model(SMALL, torch.device("cpu")).named_parameters()
+                  if "embed_tokens" not in n) * 4
+    one = result["batch 1, no thoughts"]
+    assert abs(one["bound"] - weights / 1e9 / one["seconds_per_token"]["median"]) < 1e-9
+
+
+def test_unknown_config_is_one_sentence():
+    with pytest.raises(SystemExit, match="no config 'nope'"):
+        bench.shape_of("nope")
+    assert bench.shape_of("qwen2_5_3b").model.hidden_size == 2048
