@@ -342,7 +342,7 @@ def bench_prepare():
         text.mkdir()
         (text / "all.jsonl").write_text("".join(json.dumps({"text": p.read_text(errors="replace")}) + "\n"
                                                 for p in sources for _ in range(COPIES)))
-        command = [sys.executable, str(PREPARE), "--input", str(text)]
+        command = [sys.executable, str(PREPARE), "--input", str(text), "--val_fraction", "0.1"]
         subprocess.run([*command, "--tokenizer", "train:4096", "--out", str(first)], check=True, capture_output=True)
         tokenizer = Tokenizer.from_file(str(first / "tokenizer.json"))
         documents = [json.loads(line)["text"] for line in (text / "all.jsonl").read_text().splitlines()]
