@@ -60,7 +60,8 @@ class TrainConfig:
     mixed_weight: float = setting(0.5, "weight of the NLL with thoughts (official: 0.5)")
     policy_weight: float = setting(1e6, "weight of the REINFORCE term (official: 1e6)")
     clamp_advantage: bool = setting(True, "drop negative advantages (official: true)")
-    normalize_advantage: bool = setting(False, "divide advantages by their standard deviation (official: false)")
+    normalize_advantage: bool = setting(False, "divide advantages by their root mean square, of each forward's own: needs "
+                                        "grad_accum 1 (official: false)")
     start_init_text: str = setting("---", "the start embedding begins as the mean embedding of this text (official: ---)")
     end_init_text: str = setting("---", "the same for the end embedding (official: ---)")
     embedding_lr_factor: float = setting(100.0, "learning rate of start and end embedding, times this; weight decay over "
@@ -136,6 +137,12 @@ class TrainConfig:
         if not (1 <= self.fold_operations <= 4 and 0 <= self.fold_ordinary_frac < 1):
             raise ConfigError(f"fold_operations={self.fold_operations}, fold_ordinary_frac={self.fold_ordinary_frac}: "
                               "1 to 4 operations, and a share below 1")
+        if self.n_ahead == 0 and self.trainable != "all":
+            raise ConfigError(f"trainable={self.trainable}: without thoughts (n_ahead=0) only the whole model can learn")
+        if self.normalize_advantage and self.grad_accum > 1:
+            raise ConfigError("normalize_advantage takes each forward by itself: set grad_accum 1 and a larger batch_size")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed={self.seed}: must be below 2^63")
         if not 2 <= self.fold_operands <= 8:
             raise ConfigError(f"fold_operands={self.fold_operands}: problems have 2 to 8 operands")
         if not 0 < self.beta2 < 1:
@@ -166,13 +173,13 @@ PRESETS = {
         hidden_size=512, intermediate_size=1536, n_layers=8, n_heads=8, n_kv_heads=4, init_std=0.03, pretrain_steps=3000,
         pretrain_batch_size=64, pretrain_learning_rate=1e-3, fold_operands=6, fold_operations=3, fold_ordinary_frac=0.1,
         fold_tokens=20_000_000),
-        "1 GPU (not yet run on one)", "430 MB + activations", "the demo scaled up: three operations, six operands, prose"),
+        "1 GPU (not yet run on one)", "416 MB + activations", "the demo scaled up: three operations, six operands, prose"),
     "text": Preset(TrainConfig(
         data="data/text", n_ahead=8, n_ahead_talk=4, n_passes=2, max_length=128, reinforce_temperature=1.0,
         policy_weight=10.0, embedding_lr_factor=10.0, max_steps=300, batch_size=8, learning_rate=2e-4, warmup_steps=20,
         beta2=0.99, eval_every=100, eval_windows=64, hidden_size=256, intermediate_size=688, n_layers=4, n_heads=8,
         n_kv_heads=2, init_std=0.04, embedding_std=0.04, pretrain_steps=2000, pretrain_learning_rate=1e-3),
-        "1 GPU, or patience", "200 MB + activations", "your own text (--data FOLDER) with a new small model"),
+        "1 GPU, or patience", "64 MB + activations", "your own text (--data FOLDER) with a new small model"),
     "qwen2_5_0_5b": Preset(TrainConfig(model_path="Qwen/Qwen2.5-0.5B", **H200),
                            "1 GPU, 24 GB or more", "8 GB + activations", "the real thing at its smallest"),
     "qwen2_5_3b": Preset(TrainConfig(model_path="Qwen/Qwen2.5-3B", **H200),
@@ -180,7 +187,7 @@ PRESETS = {
     "qwen2_5_3b_math": Preset(TrainConfig(model_path="Qwen/Qwen2.5-3B", **H200 | {"data": "data/open-web-math"}),
                               "1 H200", "49 GB + activations", "the main run on open-web-math, as in the paper"),
     "qwen2_5_7b": Preset(TrainConfig(model_path="Qwen/Qwen2.5-7B", **H200),
-                         "several GPUs", "122 GB + activations", "larger than one GPU holds in fp32 masters"),
+                         "several GPUs (not yet)", "122 GB + activations", "larger than one GPU holds in fp32 masters: waits for FSDP2"),
     "mistral_7b_paper": Preset(TrainConfig(
         model_path="mistralai/Mistral-7B-v0.1", **H200 | dict(data="data/open-web-math-mistral", n_ahead=11, n_passes=2,
                                                              max_length=252), grad_accum=8, max_steps=100),
@@ -196,7 +203,8 @@ def parse_value(f, text):
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if kind is str:
-        return text.replace("\\n", "\n")  # so that any shell can say it
+        says_text = f.name.endswith("_text") or f.name in ("thoughts_from", "prompt")
+        return text.replace("\\n", "\n") if says_text else text  # so that any shell can say it
     try:
         return kind(text.replace("_", "")) if kind is not bool else bool[text]
     except (ValueError, TypeError):
@@ -251,12 +259,14 @@ def load_config(name):
     return path.resolve().parent.name, TrainConfig(**saved)
 
 
-def help_text(cls, usage):
+def help_text(cls, usage, values=None):
+    """Every field of `cls` with its meaning and default, those of the config `values` where one is given."""
     lines = [usage, "", "options, as --key value or --key=value:"]
     for f in dataclasses.fields(cls):
         accepted, choices = types_of(f)
         kind = "|".join(choices) if choices else " or ".join("none" if t is type(None) else t.__name__ for t in accepted)
-        default = "none" if f.default is None else json.dumps(f.default) if isinstance(f.default, (bool, str)) else f.default
+        value = f.default if values is None else getattr(values, f.name)
+        default = "none" if value is None else json.dumps(value) if isinstance(value, (bool, str)) else value
         lines.append(f"  --{f.name} ({kind}, default {default})\n      {f.metadata['help']}")
     return "\n".join(lines)
 
@@ -294,8 +304,8 @@ class SampleConfig:
             raise ConfigError(f"top_p={self.top_p}: must lie in (0, 1], or none")
         if self.n_ahead is not None and self.n_ahead < 3:
             raise ConfigError(f"n_ahead={self.n_ahead}: a thought has at least 3 tokens; --no_thoughts does without")
-        if self.seed < 0:
-            raise ConfigError(f"seed={self.seed}: must not be negative")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed}: must lie between 0 and 2^63")
 
 
 @dataclass(frozen=True, kw_only=True)

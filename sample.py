@@ -1,6 +1,5 @@
 """python sample.py [--prompt "..."] [--key value ..]: writes on from a prompt, with a thought before every token."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,6 +10,8 @@ from nanoqstar import InputError, hf
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.runtime import pick_device
 from nanoqstar.sampling import generate
+
+OFFICIAL_N_AHEAD = 7  # of the published 8-ahead checkpoint, whose n_ahead counts the base step as well
 
 
 def newest_run():
@@ -27,14 +28,14 @@ def load(cfg, device):
     lm, thoughts, folder = hf.load(cfg.model_path or newest_run(), device, dtype)
     tokenizer = hf.load_tokenizer(folder)
     info = folder / "nanoqstar.json"
-    trained = json.loads(info.read_text()).get("config", {}) if info.exists() else {}
+    trained = (hf.read_json(info).get("config") or {}) if info.exists() else {}
     model = QuietStar(lm, trained.get("thought_temperature", 1.0), hf.unknown_ids(tokenizer, lm.config.vocab_size)).to(device)
     if thoughts is None:
         if not cfg.no_thoughts:
             print("this model was never taught to think: writing without thoughts", file=sys.stderr)
         return model, tokenizer, 0
     model.load_state_dict(thoughts, strict=False)  # start, end and mixing head stay fp32
-    return model, tokenizer, 0 if cfg.no_thoughts else cfg.n_ahead or trained.get("n_ahead", 8)
+    return model, tokenizer, 0 if cfg.no_thoughts else cfg.n_ahead or trained.get("n_ahead") or OFFICIAL_N_AHEAD
 
 
 def write(model, tokenizer, n_ahead, cfg, prompt, generator):

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -32,55 +33,62 @@ MAX_SKIPPED = 5  # non-finite steps in a row that stop a run
 
 
 def load_batches(data, step, cfg, pin=False):
-    """An update's micro-batches, each (sample indices, text, docs), and the valid counts of all of them together.
+    """An update's micro-batches, each (text, docs, uniform numbers of the thoughts), and the valid counts of all together.
 
     pin: in page-locked memory, from where a GPU copies while it computes.
     """
-    starts = range(0, cfg.batch_size * cfg.grad_accum, cfg.batch_size)
-    micro = [range(first, first + cfg.batch_size) for first in starts]
-    batches = [(index, *data.batch(cfg.seed, step, index, cfg.max_length + cfg.n_ahead_talk)) for index in micro]
-    counts = sum(Valid.from_docs(docs, cfg.n_ahead_talk).counts() for _, _, docs in batches)
-    return [(index, text.pin_memory(), docs.pin_memory()) for index, text, docs in batches] if pin else batches, counts
+    batches, counts = [], 0
+    for first in range(0, cfg.batch_size * cfg.grad_accum, cfg.batch_size):
+        index = range(first, first + cfg.batch_size)
+        text, docs = data.batch(cfg.seed, step, index, cfg.max_length + cfg.n_ahead_talk)
+        draws = [uniforms(cfg.seed, step, index, (cfg.n_passes, cfg.max_length, cfg.n_ahead - 2))] if cfg.n_ahead else []
+        batches.append([x.pin_memory() if pin else x for x in (text, docs, *draws)])
+        counts = counts + Valid.from_docs(docs, cfg.n_ahead_talk).counts()
+    return batches, counts
 
 
 def train_step(model, optimizer, batches, counts, step, cfg, sampler):
     """One optimizer update; everything random is a function of (seed, step, global sample index).
 
-    Returns the means of the update's losses and statistics (device tensors) and the gradient norm.
+    Returns the means of the update's losses and statistics (device tensors), the gradient norm and whether it was finite.
     """
     device, totals = model.lm.head_weight.device, {}
     counts = counts.to(device)
-    for index, text, docs in batches:
-        text, docs = text.to(device, non_blocking=True), docs.to(device, non_blocking=True)
+    for batch in batches:
+        text, docs, *u = (x.to(device, non_blocking=True) for x in batch)
+        if cfg.n_ahead:
+            with autocast(device):  # apart from the scoring, so that no weight cast without a gradient is used again
+                thoughts, thought_lp = sampler(text, docs, *u)  # (B, P, T, S)
         with autocast(device):
             if cfg.n_ahead == 0:
                 hidden = model.text_states(text[:, :cfg.max_length], docs)
                 loss, nll = language_model_loss(hidden, model.lm.head_weight, text, docs, counts[0])
                 parts = {"nll_base": nll}
             else:
-                u = uniforms(cfg.seed, step, index, (cfg.n_passes, cfg.max_length, cfg.n_ahead - 2)).to(device)
-                thoughts, thought_lp = sampler(text, docs, u)  # (B, P, T, S), no grad
+                valid = Valid.from_docs(docs, cfg.n_ahead_talk)
                 states = model.score(text, docs, thoughts)  # one packed forward, with grad
                 loss, parts = quiet_star_loss(
-                    states, model.lm.head_weight, text, thoughts, Valid.from_docs(docs, cfg.n_ahead_talk), counts,
+                    states, model.lm.head_weight, text, thoughts, valid, counts,
                     base_weight=cfg.base_weight, mixed_weight=cfg.mixed_weight, policy_weight=cfg.policy_weight,
                     clamp_advantage=cfg.clamp_advantage, normalize_advantage=cfg.normalize_advantage,
                     reinforce_temperature=cfg.reinforce_temperature, banned=model.banned)
-                parts |= {"reward": parts["reward"].mean() / cfg.grad_accum,
-                          "positive": (parts["advantage"] > 0).float().mean() / cfg.grad_accum,
-                          "mix": states.mix.detach().mean() / cfg.grad_accum,
-                          "entropy": -thought_lp.mean() / cfg.grad_accum}
+                surprise = -(thought_lp.mean(-1) * valid.policy[:, None]).sum() / (cfg.n_passes * counts[-1].clamp(min=1))
+                parts = {"nll_base": parts["nll_base"], "nll_talk": parts["nll_mixed"], "policy": parts["policy"],
+                         "reward": parts["mean_reward"], "gain": parts["mean_reward"] / cfg.n_ahead_talk,
+                         "positive": parts["positive"], "mix": parts["mean_mix"], "entropy": surprise}
         loss.backward()  # already divided by the update's counts
-        for key in ("nll_base", "nll_mixed", "policy", "reward", "positive", "mix", "entropy"):
-            if key in parts:
-                totals[key] = totals.get(key, 0.0) + parts[key]
+        for key, value in parts.items():
+            totals[key] = totals.get(key, 0.0) + value
+    if cfg.n_ahead:
+        totals["thoughts"] = thoughts  # of the last micro-batch: what `distinct` is counted on, when it is logged
     grad_norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], cfg.grad_clip)
-    if grad_norm.isfinite():  # the one synchronisation of a step; a bad step is skipped
+    finite = bool(grad_norm.isfinite())  # waits for the device, once a step
+    if finite:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg) * group["lr_factor"]
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return totals, grad_norm
+    return totals, grad_norm, finite
 
 
 def learning_rate(step, cfg):
@@ -128,7 +136,7 @@ def thought_sampler(model, cfg, tokenizer):
 # ---- the loop
 
 
-def train(model, splits, cfg, log, tokenizer, phase):
+def train(model, splits, cfg, log, tokenizer, phase, thinks=True):
     """max_steps updates with evaluations, logging and checkpoints along the way; phase: 'pretrain', 'think' or 'text'."""
     optimizer, sampler = make_optimizer(model, cfg), thought_sampler(model, cfg, tokenizer)
     bar = tqdm(range(cfg.max_steps), desc=phase, unit="step", disable=None, dynamic_ncols=True)
@@ -142,8 +150,8 @@ def train(model, splits, cfg, log, tokenizer, phase):
             clock, clock_step = time.perf_counter(), step
         batches, counts = upcoming.result()
         upcoming = reader.submit(load_batches, splits["train"], step + 1, cfg, pin)  # while this update computes
-        totals, grad_norm = train_step(model, optimizer, batches, counts, step, cfg, sampler)
-        in_a_row = 0 if grad_norm.isfinite() else in_a_row + 1
+        totals, grad_norm, finite = train_step(model, optimizer, batches, counts, step, cfg, sampler)
+        in_a_row = 0 if finite else in_a_row + 1
         skipped += in_a_row > 0
         if in_a_row == MAX_SKIPPED:
             raise InputError(f"the gradient was not finite {MAX_SKIPPED} updates in a row (step {step}): lower learning_rate or "
@@ -152,7 +160,10 @@ def train(model, splits, cfg, log, tokenizer, phase):
         if done % cfg.log_every == 0 or done == cfg.max_steps:
             seconds = (time.perf_counter() - clock) / (done - clock_step)
             clock, clock_step = time.perf_counter(), done
+            thoughts = totals.pop("thoughts", None)
             record = {k: float(v) for k, v in totals.items()}
+            if thoughts is not None:
+                record["distinct"] = len(thoughts.flatten(0, 2).unique(dim=0)) / thoughts[..., 0].numel()
             tokens = cfg.batch_size * cfg.grad_accum * cfg.max_length
             log.write(phase, done, **record, grad_norm=float(grad_norm), learning_rate=learning_rate(step, cfg),
                       seconds=seconds, tokens_per_second=tokens / seconds, skipped=skipped)
@@ -161,7 +172,7 @@ def train(model, splits, cfg, log, tokenizer, phase):
                     f"{seconds * 1e3:.0f} ms  {tokens / seconds:.0f} tok/s" + f"  skipped {skipped}" * (skipped > 0),
                     quiet=phase == "pretrain" and done % (cfg.log_every * 10))
         if phase != "pretrain" and done % cfg.save_every == 0 and done < cfg.max_steps:
-            log.save(model, done)
+            log.save(model, done, thinks)
 
 
 def evaluate(model, val, cfg, log, tokenizer, sampler, step):
@@ -177,8 +188,11 @@ def evaluate(model, val, cfg, log, tokenizer, sampler, step):
                                        fold.vocabulary(cfg.fold_operations, cfg.fold_ordinary_frac))
         summary |= {"answers": answers}
     log.write("eval", step, **summary)
-    line = f"eval at {step}: nll {summary['nll_base']:.3f} -> {summary['nll_mixed']:.3f} with thoughts"
-    if is_fold and "direct" in summary["answers"]:
+    line = f"eval at {step}: nll {summary['nll_base']:.3f}"
+    if cfg.n_ahead:
+        line += (f" -> {summary['nll_mixed']:.3f} with thoughts, gain {summary['gain']:+.4f} (hardest tenth "
+                 f"{summary['gain_hardest']:+.3f})")
+    if is_fold and cfg.n_ahead and "direct" in summary["answers"]:
         direct, kinds = summary["answers"]["direct"], summary["answers"]["thoughts"]
         line += (f", direct answers right {direct['accuracy_base']:.0%} -> {direct['accuracy_mixed']:.0%}; thoughts: "
                  + ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items()))
@@ -242,24 +256,18 @@ def init_thoughts(model, thoughts, cfg, tokenizer):
     """Start, end and mixing head of an earlier run where there are any, else fresh ones."""
     start, end = (encode(tokenizer, getattr(cfg, name), name) for name in ("start_init_text", "end_init_text"))
     model.init_thoughts(start, end, cfg.seed)
-    if thoughts is not None:
+    if thoughts is not None:  # what was trained is never initialised again, whatever start_init_text says
         model.load_state_dict(thoughts, strict=False)
 
 
 class RunLog:
     """The run's folder: config.json, metrics.jsonl, checkpoint/; and what is said while it runs."""
 
-    def __init__(self, out, cfg, tokenizer_json):
-        self.out, self.cfg, self.tokenizer_json, self.start = out, cfg, tokenizer_json, time.perf_counter()
+    def __init__(self, out, cfg, tokenizer_json, wandb):
+        self.out, self.cfg, self.tokenizer_json, self.wandb = out, cfg, tokenizer_json, wandb
+        self.start = time.perf_counter()
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
         self.metrics = open(out / "metrics.jsonl", "w")
-        self.wandb = None
-        if cfg.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise InputError("wandb is not installed: pip install -e '.[wandb]', or leave --wandb out") from None
-            self.wandb = wandb.init(project="nanoqstar", name=out.name, config=dataclasses.asdict(cfg))
 
     def write(self, kind, step, **values):
         self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
@@ -271,20 +279,32 @@ class RunLog:
         if not quiet:
             tqdm.write(line)
 
-    def save(self, model, step):
-        hf.save(self.out / "checkpoint", model, self.tokenizer_json, {"step": step, "config": dataclasses.asdict(self.cfg)})
+    def save(self, model, step, thinks):
+        """thinks: whether start, end and mixing head were ever trained; else the language model alone is saved."""
+        hf.save(self.out / "checkpoint", model if thinks else model.lm, self.tokenizer_json, {"step": step, "config": dataclasses.asdict(self.cfg)})
+
+
+def start_wandb(cfg, name):
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("wandb is not installed: pip install -e '.[wandb]', or leave --wandb out") from None
+    return wandb.init(project="nanoqstar", name=name, config=dataclasses.asdict(cfg))
 
 
 def new_folder(cfg, name):
-    """The run's folder, made now; never one that holds another run."""
+    """The run's folder, made now; never one that holds anything already."""
     if cfg.out_dir is not None:
         out = Path(cfg.out_dir)
-        if (out / "config.json").exists():
-            raise InputError(f"{out} already holds a run: choose another --out_dir, or delete it")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} already holds a run or other files: choose another --out_dir, or delete it")
     else:
-        base = Path("out") / (name if cfg.model_path is None or cfg.n_ahead else f"{name}-text")
-        out = next(p for n in range(1, 10**6) if not (p := base if n == 1 else base.with_name(f"{base.name}-{n}")).exists())
-    out.mkdir(parents=True, exist_ok=True)
+        base = Path("out") / name
+        out = next(p for n in count(1) if not (p := base if n == 1 else base.with_name(f"{base.name}-{n}")).exists())
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {out} cannot be made ({error}): choose another --out_dir") from None
     return out
 
 
@@ -294,7 +314,10 @@ def run(name, cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.data != "fold":
-        TokenDataset(cfg.data, "train")  # a bad folder is refused before anything is made
+        TokenDataset(cfg.data, "train")  # bad input is refused before anything is made
+    if cfg.model_path is not None:
+        hf.resolve(cfg.model_path)
+    wandb = start_wandb(cfg, name) if cfg.wandb else None
     out = new_folder(cfg, name)
     data = Path(cfg.data)
     if cfg.data == "fold":
@@ -306,7 +329,7 @@ def run(name, cfg):
     model, thoughts, tokenizer = build_model(cfg, splits["train"].tokenizer_path, device)
     init_thoughts(model, thoughts, cfg, tokenizer)
     speed_up(model, device, cfg.checkpointing, cfg.compile)
-    log = RunLog(out, cfg, tokenizer.to_str())
+    log = RunLog(out, cfg, tokenizer.to_str(), wandb)
     log.say(f"{out}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, {splits['train'].n_tokens:,} training tokens, "
             f"{device}, {torch.get_num_threads()} threads")
     if cfg.model_path is None and cfg.pretrain_steps:
@@ -316,54 +339,58 @@ def run(name, cfg):
         ), log, tokenizer, "pretrain")
         init_thoughts(model, thoughts, cfg, tokenizer)  # from the embeddings as they are now
         hf.save(out / "base", model.lm, tokenizer.to_str(), {"pretrain_steps": cfg.pretrain_steps})
-    train(model, splits, cfg, log, tokenizer, "think" if cfg.n_ahead else "text")
+    thinks = cfg.n_ahead > 0 or thoughts is not None
+    train(model, splits, cfg, log, tokenizer, "think" if cfg.n_ahead else "text", thinks)
     summary = evaluate(model, splits["val"], cfg, log, tokenizer, thought_sampler(model, cfg, tokenizer), cfg.max_steps)
-    log.save(model, cfg.max_steps)
+    log.save(model, cfg.max_steps, thinks)
     seconds = time.perf_counter() - log.start
     log.write("end", cfg.max_steps, seconds=seconds)
-    print(table(summary))
+    print(table(summary, cfg.n_ahead > 0))
     print(f"{seconds:.0f} s in all. Try it: python sample.py --model_path {out}")
     return out
 
 
-def table(summary):
-    """What the run ends with: base beside thoughts."""
+def table(summary, thinks):
+    """What the run ends with: base beside thoughts, where there are any."""
     rows = [("", "base", "thoughts")]
-    for style in ("direct", "restated", "worked"):
-        if style in summary.get("answers", {}):
-            a = summary["answers"][style]
+    for style, a in summary.get("answers", {}).items():
+        if style in ("direct", "restated", "worked"):
             rows.append((f"{style} answers right (held out, n={a['n']})", f"{a['accuracy_base']:.1%}", f"{a['accuracy_mixed']:.1%}"))
             rows.append((f"{style} answers, NLL", f"{a['nll_base']:.3f}", f"{a['nll_mixed']:.3f}"))
     rows.append(("all tokens, NLL", f"{summary['nll_base']:.4f}", f"{summary['nll_mixed']:.4f}"))
-    lines = ["", *(f"{what:44}{base:>10}{mixed:>10}" for what, base, mixed in rows)]
-    if "answers" in summary and "direct" in summary["answers"]:
+    lines = ["", *(f"{what:44}{base:>10}" + f"{mixed:>10}" * thinks for what, base, mixed in rows)]
+    if thinks and "direct" in summary.get("answers", {}):
         a = summary["answers"]
         lines += [f"mixing weight: {a['direct']['mix']:.2f} on direct answers, {a['mix_elsewhere']:.2f} off the answers",
                   "thoughts before direct answers: " + ", ".join(f"{k} {v:.0%}" for k, v in a["thoughts"].items())]
-    if summary.get("gain_by_decile"):
-        lines.append("gain by decile of base NLL (easy to hard): " + " ".join(f"{g:+.3f}" for g in summary["gain_by_decile"]))
-        lines.append(f"mean gain {summary['gain']:+.4f} +- {2 * summary['gain_stderr']:.4f} (2 standard errors) nats a token")
+    if thinks:
+        lines += ["gain by decile of base NLL (easy to hard): " + " ".join(f"{g:+.3f}" for g in summary["gain_by_decile"]),
+                  f"mean gain {summary['gain']:+.4f} +- {2 * summary['gain_stderr']:.4f} (2 standard errors) nats a token"]
     return "\n".join(lines)
 
 
 def main(args):
     usage = __doc__.strip()
-    if "--help" in args or "-h" in args:
-        print(help_text(TrainConfig, usage))
-        return
     if args[:1] == ["configs"]:
         print(list_presets())
         return
     try:
-        name, cfg = load_config(args.pop(0) if args and not args[0].startswith("--") else "tiny")
+        name, cfg = load_config(args.pop(0) if args and not args[0].startswith("-") else "tiny")
+        if "--help" in args or "-h" in args:
+            print(help_text(TrainConfig, f"{usage}\n\nDefaults are those of {name}.", cfg))
+            return
         cfg = dataclasses.replace(cfg, **parse_options(TrainConfig, args))
         run(name, cfg)
     except (ConfigError, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the last checkpoint in the run's folder is whole", file=sys.stderr)
+        print("interrupted: what the run has saved so far is whole", file=sys.stderr)
         sys.exit(130)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is used up: lower batch_size (raise grad_accum), n_passes or max_length, or set "
+              "--checkpointing", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

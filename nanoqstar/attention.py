@@ -5,6 +5,8 @@ Packed text and thoughts have three forms with one meaning (`thoughts.visible`),
 """
 
 import math
+import os
+import shutil
 from functools import lru_cache
 
 import torch
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
-from nanoqstar.thoughts import visible
+from nanoqstar.thoughts import query_rows, visible
 
 POSITIONS_PER_CHUNK = 16  # of TwoPart: a chunk's scores stay in cache, its text keys end where its positions do
 
@@ -33,13 +35,6 @@ def text_mask(docs):
 
 def minus_infinity_where(mask):
     return torch.zeros(mask.shape, device=mask.device).masked_fill(mask, -math.inf)
-
-
-def query_rows(places, place):
-    """Indices of the packed tokens that are queries: all, or (place 0) text and roots, or those of one branch place."""
-    if place is None:
-        return torch.arange(len(places), device=places.device)
-    return (places <= 0 if place == 0 else places == place).nonzero()[:, 0]
 
 
 class TwoPart:
@@ -101,8 +96,7 @@ class Flex:
     TILE = 128
 
     def __init__(self, packing, batch, place, device):
-        described = packing.describe()
-        rows = query_rows(described[2], place)
+        described, rows = packing.describe(), packing.rows(place)
         self.n_queries = len(rows)
         self.documents = torch.zeros(batch, packing.n_text, dtype=torch.int32, device=device)
         pads = [-len(x) % self.TILE for x in (rows, described[2])]
@@ -144,8 +138,15 @@ def tile_table(q_position, q_place, k_position, k_place):
     return seen.sum(1).int(), seen.int().argsort(dim=1, descending=True, stable=True).int()
 
 
+# one graph a shape: scoring and both kinds of rollout step, in training and in evaluation
+torch._dynamo.config.recompile_limit = 64
 compiled_flex = torch.compile(flex_attention, dynamic=False)
 flex_for_shape = lru_cache(maxsize=64)(Flex)
+
+
+def can_compile(device):
+    """Whether torch.compile has what it needs: a C++ compiler, and on a GPU Triton."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None and (device.type != "cuda" or has_triton())
 
 
 def packed_attention(packing, docs, place=None):
@@ -154,7 +155,7 @@ def packed_attention(packing, docs, place=None):
     docs: (B, >= n_text) document ids.  place: None when queries are the whole packed sequence; else those of that place
     alone (0: text and roots), against the keys of all: the steps of a rollout.
     """
-    if docs.is_cuda and has_triton():
+    if docs.is_cuda and can_compile(docs.device):
         flex = flex_for_shape(packing, len(docs), place, docs.device)
         flex.documents.copy_(docs[:, :packing.n_text])
         return flex

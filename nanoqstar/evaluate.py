@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanoqstar.objective import Valid, weighted_log_probs
+from nanoqstar.objective import Valid, fp32_logits, weighted_log_probs
 from nanoqstar.quietstar import uniforms
 
 EVALUATION_STEP = 2**40  # of the uniform numbers: no training step draws the same
@@ -16,6 +16,7 @@ class TextScores:
 
     text: torch.Tensor  # (n, T+A) ids
     valid: torch.Tensor  # (n, T) bool: x_{i+1} is of x_i's document
+    whole: torch.Tensor  # (n, T) bool: the whole lookahead is
     base_lp: torch.Tensor  # (n, T) of x_{i+1} without a thought
     mixed_lp: torch.Tensor  # (n, T) with the thought at i
     reward: torch.Tensor  # (n, T) gain summed over the lookahead
@@ -61,8 +62,10 @@ def score_text(model, text, docs, n_ahead, n_talk, *, seed=0, batch_size=16, sam
             choice = torch.zeros_like(valid.base, dtype=torch.long).expand(2, -1, -1)
         else:
             ids = torch.tensor(choices, device=head.device)
-            choice = ids[(torch.stack((base[:, :n_positions], mixed[:, :, 0])) @ head[ids].T.to(base.dtype)).argmax(-1)]
-        batch = (x, valid.base, base_lp[:, :n_positions], mixed_lp[..., 0], reward, mix, thoughts[:, 0], thought_lp[:, 0],
+            with torch.autocast(head.device.type, enabled=False):  # bf16 would round near ties
+                rows = torch.stack((base[:, :n_positions], mixed[:, :, 0])).flatten(0, 2)
+                choice = ids[fp32_logits(rows, head[ids]).argmax(-1)].view(2, *valid.base.shape)
+        batch = (x, valid.base, valid.policy, base_lp[:, :n_positions], mixed_lp[..., 0], reward, mix, thoughts[:, 0], thought_lp[:, 0],
                  *choice)
         scores.append([t.cpu() for t in batch])
     return TextScores(*(torch.cat(parts) for parts in zip(*scores, strict=True)))
@@ -81,7 +84,7 @@ def summarize(scores):
         summary |= {
             "gain_hardest": deciles[-1] if deciles else gain.max().item(), "gain_by_decile": deciles,
             "gain_stderr": (gain.std() / len(gain) ** 0.5).item(),
-            "reward": scores.reward[scores.valid].mean().item(), "mix": scores.mix[scores.valid].mean().item(),
+            "reward": scores.reward[scores.whole].mean().item(), "mix": scores.mix[scores.valid].mean().item(),
             "entropy": -scores.thought_lp[scores.valid].mean().item(),  # a sample's surprise has the entropy as its mean
             "distinct": len(flat.unique(dim=0)) / len(flat)}
     return summary

@@ -124,7 +124,7 @@ class Valid:
 
 
 def advantage(reward, valid, clamp, normalize=False):
-    """Reward above the mean of the same position's passes, itself included; negatives dropped if `clamp` (paper 4.4).
+    """Reward above the mean of the same position's passes, itself included; negatives dropped if `clamp` (paper 4.4.3).
 
     reward: (B, P, T) nats per thought.  valid: (B, T) bool.  Returns (B, P, T), zero where invalid.
     P == 1 has no baseline, as in the official code; the clamp applies all the same.
@@ -156,7 +156,8 @@ def quiet_star_loss(states, head, text, thoughts, valid, counts, *, base_weight,
     states: `quietstar.States`.  head: (V, D).  text: (B, T+A).  thoughts: (B, P, T, S).  valid: `Valid`.
     counts: `Valid.counts()` summed over the update's micro-batches and ranks, so that gradients simply add up.
     Returns the loss and detached parts: base_lp (B, T+A-1), mixed_lp (B, P, T, A), reward and advantage (B, P, T), nats;
-    nll_base, nll_mixed, policy: the three means' shares.
+    and this forward's shares of the update's means: nll_base, nll_mixed (over the whole lookahead), policy, mean_reward,
+    positive (share of positive advantages), mean_mix.
     """
     (_, n_passes, _, n_talk), n_sampled = states.mixed.shape[:4], thoughts.shape[-1]
     counts = counts.clamp(min=1).to(torch.promote_types(states.base.dtype, torch.float32))  # an empty mean is 0
@@ -174,11 +175,15 @@ def quiet_star_loss(states, head, text, thoughts, valid, counts, *, base_weight,
 
     reward = (mixed_lp - base_lp.unfold(1, n_talk, 1)[:, None]).sum(-1)  # (B, P, T)
     adv = advantage(reward, valid.policy, clamp_advantage, normalize_advantage)
-    live = (adv != 0) if policy_weight else torch.zeros_like(adv, dtype=torch.bool)  # the rest has no gradient
-    credit = (adv[live] / (n_passes * policy_count * n_sampled))[:, None].expand(-1, n_sampled)
-    policy, _ = weighted_log_probs(states.thought[live].flatten(0, 1), head, thoughts[live].flatten(),
-                                   -policy_weight * credit.flatten(), reinforce_temperature, banned)
+    live = (adv.flatten() * bool(policy_weight)).nonzero()[:, 0]  # the other thoughts have no gradient
+    share = 1 / (n_passes * policy_count)
+    credit = (adv.flatten()[live] * share / n_sampled)[:, None].expand(-1, n_sampled)
+    policy, _ = weighted_log_probs(states.thought.flatten(0, 2)[live].flatten(0, 1), head,
+                                   thoughts.flatten(0, 2)[live].flatten(), -policy_weight * credit.flatten(),
+                                   reinforce_temperature, banned)
     parts = {"base_lp": base_lp, "mixed_lp": mixed_lp, "reward": reward, "advantage": adv,
              "nll_base": -(after_base * base_lp).sum(), "nll_mixed": -(after_talk * mixed_lp).sum(),
-             "policy": policy.detach() / (policy_weight or 1.0)}
+             "policy": policy.detach() / (policy_weight or 1.0),
+             "mean_reward": (reward * valid.policy[:, None]).sum() * share[0],
+             "positive": (adv > 0).sum() * share[0], "mean_mix": (after_talk * states.mix.detach()).sum()}
     return nll + policy, parts

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanoqstar.attention import dense, packed_attention, query_rows, text_mask
+from nanoqstar.attention import dense, packed_attention, text_mask
 from nanoqstar.objective import compute_dtype, sample_tokens
 from nanoqstar.qwen2 import KVCache
 from nanoqstar.thoughts import ThoughtLayout
@@ -107,14 +107,14 @@ class QuietStar(nn.Module):
         """
         layout = ThoughtLayout.of(text, uniforms)
         packing, batch = layout.rollout_packing, len(text)
-        places, rope = packing.describe(text.device)[2], packing.rope_positions(text.device)
+        rope = packing.rope_positions(text.device)
         start = self.start_embedding.expand(batch, layout.n_positions, -1)
         x = torch.cat((self.lm.embed(text[:, :layout.n_text]), start), dim=1)
         thoughts = torch.empty_like(uniforms, dtype=torch.long)
         log_probs = torch.empty_like(uniforms, dtype=torch.promote_types(x.dtype, torch.float32))
         cache = KVCache(self.lm.config, batch, packing.n_packed, text.device, compute_dtype(x))
         for step in range(layout.n_sampled):
-            cache.slots = query_rows(places, step)
+            cache.slots = packing.rows(step, text.device)
             hidden = self.lm(x, rope[cache.slots], packed_attention(packing, docs, step), cache)
             rows = hidden[:, -layout.n_positions:] if step == 0 else hidden  # of start, for all passes; of t, one each
             draws = uniforms[..., step].transpose(1, 2).reshape(rows.shape[0] * rows.shape[1], -1)

@@ -36,22 +36,20 @@ class Qwen2Config:
 
 
 class KVCache:
-    """Keys and values of every layer in `n_slots` preallocated slots, (L, 2, B, G, n_slots, head_dim).
+    """Keys and values of every layer, each (B, G, n_slots, head_dim), allocated once.
 
     `slots` (N,) says where the next forward writes its N tokens; overwriting a slot forgets what it held.
     """
 
     def __init__(self, config, batch, n_slots, device=None, dtype=None):
-        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, n_slots, config.head_dim)
-        self.data = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch, config.num_key_value_heads, n_slots, config.head_dim)
+        self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype)
+                                   for _ in range(config.num_hidden_layers)] for _ in "kv")
         self.slots = None
 
-    def update(self, layer, k, v):
-        """Writes k, v (B, G, N, head_dim) into `slots` and returns all keys and values of the layer."""
-        keys, values = self.data[layer]
-        keys.index_copy_(2, self.slots, k.to(keys.dtype))
-        values.index_copy_(2, self.slots, v.to(values.dtype))
-        return keys, values
+    def of_layer(self, layer):
+        """What a block needs: its keys, its values, and where to write."""
+        return self.keys[layer], self.values[layer], self.slots
 
 
 class RMSNorm(nn.Module):
@@ -79,9 +77,9 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         d, q, kv = config.hidden_size, *(n * config.head_dim for n in (config.num_attention_heads,
                                                                        config.num_key_value_heads))
         self.q_proj = nn.Linear(d, q, bias=config.attention_bias)
@@ -94,7 +92,8 @@ class Attention(nn.Module):
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
+            keys, values, slots = cache
+            k, v = keys.index_copy_(2, slots, k.to(keys.dtype)), values.index_copy_(2, slots, v.to(values.dtype))
         return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -111,9 +110,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -131,7 +130,7 @@ class Qwen2(nn.Module):
         self.config = config
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
         if not config.tie_word_embeddings:
@@ -170,6 +169,6 @@ class Qwen2(nn.Module):
         assert x.shape[-1] == self.config.hidden_size and x.shape[1] == positions.shape[-1], (x.shape, positions.shape)
         dtype = torch.promote_types(x.dtype, torch.float32)
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta, dtype)
-        for block in self.model.layers:
-            x = block(x, rope, attend, cache)
+        for layer, block in enumerate(self.model.layers):  # blocks know no number: all share one compiled graph
+            x = block(x, rope, attend, None if cache is None else cache.of_layer(layer))
         return self.model.norm(x)

@@ -1,12 +1,10 @@
 """Where and how a model runs: device, precision, activation checkpointing, compilation."""
 
-import os
-import shutil
-
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from nanoqstar import InputError
+from nanoqstar.attention import can_compile
 
 
 def pick_device(wanted):
@@ -31,14 +29,14 @@ def speed_up(model, device, checkpointing=False, compile=None):
     layers = model.lm.model.layers
     if checkpointing:
         for i, block in enumerate(layers):
-            layers[i] = checkpoint_wrapper(block)
+            layers[i] = checkpoint_wrapper(block, preserve_rng_state=False)  # nothing in a block is random
     if not (compile or compile is None and device.type == "cuda"):
         return
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
+    if not can_compile(device):
         if compile:
-            raise InputError("compile=true needs a C++ compiler and none is found: install g++, or set --compile false")
-        print("no C++ compiler is found, so the model runs uncompiled and slower: install g++")
+            raise InputError("compile=true needs a C++ compiler (on a GPU Triton, too) and none is found: install g++, or "
+                             "set --compile false")
+        print("no C++ compiler or no Triton is found, so the model runs uncompiled and far slower: install g++")
         return
-    torch._dynamo.config.recompile_limit = 64  # one graph a shape: scoring and each kind of rollout step, train and eval
     for block in layers:
         block.compile(dynamic=False)

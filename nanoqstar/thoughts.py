@@ -12,6 +12,7 @@ queries sees a prefix. RoPE goes on from i: start at i+1, t_k at i+1+k, end at i
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -33,6 +34,7 @@ class Packing:
     def n_packed(self):
         return self.n_text + self.n_positions * self.n_group
 
+    @lru_cache
     def describe(self, device=None):
         """What each packed token is: its position i, its pass and its place, each (n_packed,) int64.
 
@@ -47,10 +49,16 @@ class Packing:
                      torch.cat((none, place.repeat(self.n_positions))))
         return tuple(x.to(device) for x in described)
 
+    @lru_cache
     def rope_positions(self, device=None):
         """RoPE position of every packed token, (n_packed,)."""
         position, _, place = self.describe(device)
         return position + place + 1
+
+    @lru_cache
+    def rows(self, place, device=None):
+        """Indices of the packed tokens that are queries when a rollout has come to `place` (`query_rows`)."""
+        return query_rows(self.describe()[2], place).to(device)
 
     def split(self, packed):
         """(B, n_packed, ..) -> text (B, n_text, ..), roots (B, T, ..), branches (B, P, T, n_branch, ..); all views."""
@@ -62,7 +70,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class ThoughtLayout:
-    """All arithmetic of n_ahead, n_ahead_talk and n_passes, for windows of T + A tokens (paper sections 4.2 and 4.3)."""
+    """All arithmetic of n_ahead, n_ahead_talk and n_passes, for windows of T + A tokens (paper sections 4.2 and 4.4.2)."""
 
     n_ahead: int  # K: tokens of a thought, start and end included
     n_ahead_talk: int  # A: true tokens predicted after a thought
@@ -112,6 +120,13 @@ class ThoughtLayout:
         branches[..., self.n_sampled + 1:] = text[:, 1:].unfold(1, self.n_ahead_talk, 1)[:, None, :, :-1]
         place = self.packing.describe(text.device)[2]
         return ids, place == 0, place == self.n_sampled + 1
+
+
+def query_rows(places, place):
+    """Indices of the queries among tokens of those places: all, or (place 0) text and roots, or one branch place."""
+    if place is None:
+        return torch.arange(len(places), device=places.device)
+    return (places <= 0 if place == 0 else places == place).nonzero()[:, 0]
 
 
 def visible(query, key):

@@ -87,7 +87,8 @@ def test_logits_with_cache(pair, reverse_slots):
     ids, n_slots = some_ids(), 30
     slots = torch.arange(n_slots).flip(0) if reverse_slots else torch.arange(n_slots)
     cache = KVCache(ours.config, len(ids), n_slots)
-    cache.data.fill_(7.0)
+    for stale in (*cache.keys, *cache.values):
+        stale.fill_(7.0)
     logits = []
     for start, stop in itertools.pairwise((0, 1, 8, 9, 20, 23)):
         positions = torch.arange(start, stop)
