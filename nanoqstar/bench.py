@@ -38,7 +38,8 @@ from nanoqstar.thoughts import ThoughtLayout
 
 STAGED = Path(__file__).parents[1] / "tests" / "staged.py"
 COPIES = 4  # of the standard library's modules, as the text that prepare.py is timed on
-REPEATS = 3  # steps timed in each worker process, after a warm-up
+REPEATS = 3  # steps timed in each worker process, after two of warm-up
+ROUNDS = 3  # worker processes of each implementation
 PREPARE = Path(__file__).parents[1] / "data" / "prepare.py"
 
 
@@ -101,7 +102,7 @@ def clock(device):
 
 
 def matrix_rate(device):
-    """FLOP/s of large products in the dtype that training multiplies in."""
+    """FLOP/s of large products in the dtype that training multiplies in, as a `spread`."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b, rates = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), []
     for _ in range(12):
@@ -109,18 +110,18 @@ def matrix_rate(device):
         for _ in range(8):
             a @ b
         rates.append(8 * 2 * n**3 / (clock(device) - start))
-    return statistics.median(rates[2:])
+    return spread(rates[2:])
 
 
 def copy_rate(device):
-    """Bytes per second that a large copy reads and writes."""
+    """Bytes per second that a large copy reads and writes, as a `spread`."""
     source = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target, rates = torch.empty_like(source), []
     for _ in range(12):
         start = clock(device)
         target.copy_(source)
         rates.append(2 * source.numel() / (clock(device) - start))
-    return statistics.median(rates[2:])
+    return spread(rates[2:])
 
 
 def flops(shape):
@@ -164,8 +165,8 @@ def synthetic(shape, device):
     return text, torch.zeros_like(text)
 
 
-def our_step(shape, device, compile):
-    """A function that does one step and returns its four times."""
+def our_step(shape, device, compile, optimize):
+    """A function that does one step and returns its four times; optimize: with an optimizer."""
     model = make_model(shape, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     speed_up(model, device, shape.checkpointing, compile)
@@ -185,15 +186,16 @@ def our_step(shape, device, compile):
         times.append(clock(device))
         loss.backward()
         times.append(clock(device))
-        optimizer.step()
+        if optimize:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         times.append(clock(device))
         return [b - a for a, b in zip(times, times[1:])]
     return step
 
 
-def staged_step(shape, device, compile):
-    """The same for the staged implementation: sampling is part of its forward; no optimizer."""
+def staged_step(shape, device, compile, optimize):
+    """The same for the staged implementation: sampling is part of its forward; it has no optimizer."""
     spec = importlib.util.spec_from_file_location("staged", STAGED)
     staged = sys.modules["staged"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(staged)
@@ -216,81 +218,114 @@ def staged_step(shape, device, compile):
     return step
 
 
-def resident_bytes():
+def resident_bytes():  # Linux
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def worker(which, shape, device, compile, repeats):
-    """Times of each step and peak memory above what was resident before the first, as a dict."""
-    step = {"ours": our_step, "staged": staged_step}[which](shape, device, compile)
+    """One implementation by itself: {times: of each step}, or (repeats 0) {resident, peak}: bytes before the first step and
+    above them during one of sampling, forward and backward, without an optimizer on either side."""
+    step = {"ours": our_step, "staged": staged_step}[which](shape, device, compile, repeats > 0)
+    if repeats:
+        step(), step()  # warm-up
+        return {"times": [step() for _ in range(repeats)]}
     if device.type == "cuda":
+        step(), step()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        times = [step() for _ in range(repeats + 2)][2:]
-        return {"times": times, "resident": before, "peak": torch.cuda.max_memory_allocated() - before}
+        step()
+        return {"resident": before, "peak": torch.cuda.max_memory_allocated() - before}
     before = resident_bytes()
-    first = step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    return {"times": [step() for _ in range(repeats)] or [first], "resident": before, "peak": peak}
+    step()
+    return {"resident": before, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
 
 
-def in_process(which, shape, args, repeats, memory=False):
-    """`worker` in a fresh process.  memory: with an allocator that returns every large block, for a repeatable peak."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **({"MALLOC_MMAP_THRESHOLD_": "100000"} if memory else {})}
+def in_process(which, shape, args, repeats):
+    """`worker` in a fresh process: its result, or {failed: why}."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not repeats:
+        env["MALLOC_MMAP_THRESHOLD_"] = "100000"  # freed blocks go back at once, for a peak that repeats
     job = json.dumps([which, {**vars(shape), "model": vars(shape.model)}, args.compile, repeats])
     command = [sys.executable, "-m", "nanoqstar.bench", "worker", "--device", args.device, "--job", job]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1]}
+        return {"failed": (done.stderr.strip().splitlines() or ["killed, for want of memory perhaps"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def bench_train(shape, args, rate):
-    runs, have_staged = {"ours": [], "staged": []}, STAGED.exists()
-    for _ in range(3):  # in turns, so that a change of the machine's speed meets both
-        for which in ("ours", "staged") if have_staged else ("ours",):
-            runs[which].append(in_process(which, shape, args, REPEATS))
-    if failed := next((r["failed"] for r in runs["ours"] if "failed" in r), None):
-        sys.exit(f"the step failed: {failed}")
-    times = [t for r in runs["ours"] for t in r["times"]]
-    parts = {name: spread([t[i] for t in times]) for i, name in enumerate(("sampling", "forward", "backward", "optimizer"))}
-    step, (sampling, learning) = spread([sum(t) for t in times]), flops(shape)
+    """The step itself, and beside the staged implementation at the largest T at which both fit."""
+    times, peak = in_turns(shape, args, ["ours"]), in_process("ours", shape, args, 0)
+    if failed := times["ours"].get("failed") or peak.get("failed"):
+        print(f"the step failed: {failed}")
+        return {"failed": failed}
+    steps = [t for run in times["ours"]["runs"] for t in run]
+    parts = {name: spread([t[i] for t in steps]) for i, name in enumerate(("sampling", "forward", "backward", "optimizer"))}
+    step, (sampling, learning) = spread([sum(t) for t in steps]), flops(shape)
     work = sampling + learning
-    result = {"parts": parts, "step": step, "flops": work, "mfu": work / step["median"] / rate,
-              "floor_seconds": work / rate, "tokens_per_second": shape.batch * shape.n_positions / step["median"],
-              "peak_bytes": in_process("ours", shape, args, 0, memory=True)["peak"]}
+    mfu = spread([work / sum(t) / rate["median"] for t in steps])
+    result = {"parts": parts, "step": step, "flops": work, "mfu": mfu, "floor_seconds": work / rate["median"],
+              "tokens_per_second": shape.batch * shape.n_positions / step["median"], "peak_bytes": peak["peak"]}
     print(f"step {shown(step)} s: " + ", ".join(f"{name} {shown(part)}" for name, part in parts.items()))
     print(f"{result['tokens_per_second']:.0f} text tokens/s; {work / 1e9:.1f} useful GFLOP ({sampling / 1e9:.1f} sampling), floor "
-          f"{result['floor_seconds']:.2f} s at the measured {rate / 1e9:.0f} GFLOP/s: MFU {result['mfu']:.0%}")
-    print(f"peak memory {result['peak_bytes'] / 1e6:.0f} MB above what is resident before the step")
-    if not have_staged:
+          f"{result['floor_seconds']:.2f} s at the measured {shown(rate, '{:.3g}')} FLOP/s: MFU {shown(mfu, '{:.0%}')}")
+    print(f"peak memory {peak['peak'] / 1e6:.0f} MB above the {peak['resident'] / 1e6:.0f} MB resident before the step")
+    if not STAGED.exists():
         print("the staged implementation is in tests/staged.py: this comparison needs a clone")
         return result
-    if any("failed" in r for r in runs["staged"]):
-        print(f"staged implementation: {next(r['failed'] for r in runs['staged'] if 'failed' in r)}")
+    while "failed" in (staged_peak := in_process("staged", shape, args, 0)) and shape.n_positions > 16:
+        shape = replace(shape, n_positions=shape.n_positions // 2)
+        print(f"the staged implementation does not fit: trying T = {shape.n_positions}")
+    peak, times = in_process("ours", shape, args, 0), in_turns(shape, args, ["ours", "staged"])
+    if failed := next((r["failed"] for r in (peak, staged_peak, *times.values()) if "failed" in r), None):
+        print(f"no comparison: {failed}")
         return result
-    ratios = [statistics.median(sum(t) for t in s["times"]) / statistics.median(sum(t[:3]) for t in o["times"])
-              for o, s in zip(runs["ours"], runs["staged"], strict=True)]
-    staged_peak = in_process("staged", shape, args, 0, memory=True)["peak"]
-    result |= {"staged": spread([sum(t) for r in runs["staged"] for t in r["times"]]), "speedup": spread(ratios),
-               "staged_peak_bytes": staged_peak, "memory_ratio": staged_peak / result["peak_bytes"]}
-    print(f"staged implementation: {shown(result['staged'])} s, {staged_peak / 1e6:.0f} MB; ours (sampling, forward, backward) is "
-          f"{shown(result['speedup'])} times as fast with {result['memory_ratio']:.2f} times less memory")
+    pairs = zip(times["ours"]["runs"], times["staged"]["runs"], strict=True)
+    ratio = spread([statistics.median(map(sum, staged)) / statistics.median(sum(t[:3]) for t in ours) for ours, staged in pairs])
+    result |= {"compared_at": shape.n_positions, "speedup": ratio, "memory_ratio": staged_peak["peak"] / peak["peak"],
+               "staged": spread([sum(t) for run in times["staged"]["runs"] for t in run]),
+               "staged_peak_bytes": staged_peak["peak"]}
+    print(f"staged implementation, T = {shape.n_positions}: {shown(result['staged'])} s, {staged_peak['peak'] / 1e6:.0f} MB; ours "
+          f"(sampling, forward, backward) is {shown(ratio)} times as fast, with {result['memory_ratio']:.2f} times less memory")
     return result
+
+
+def in_turns(shape, args, names):
+    """Times of each implementation, a fresh process after the other, so that a change of the machine's speed meets all."""
+    results = {name: {"runs": []} for name in names}
+    for _ in range(ROUNDS):
+        for name in names:
+            run = in_process(name, shape, args, REPEATS)
+            if "failed" in run:
+                results[name]["failed"] = run["failed"]
+            else:
+                results[name]["runs"].append(run["times"])
+    return results
+
+
+def largest_batch(shape, args):
+    """The most windows that one forward and backward holds, by doubling (GPU)."""
+    fits = 0
+    for batch in (1, 2, 4, 8, 16):
+        if "failed" in in_process("ours", replace(shape, batch=batch), args, 0):
+            break
+        fits = batch
+    print(f"largest micro-batch (by doubling): {fits} windows")
+    return fits
 
 
 def bench_scaling(shape, args):
     """Seconds a step against one size at a time."""
-    result = {}
-    for name, values in (("n_ahead", (3, 5, 7, 9, 11)), ("n_passes", (1, 2, 3, 4)), ("n_positions", (32, 64, 128, 256))):
-        if args.device == "cuda" and name == "n_positions":
-            values = (256, 512, 1024, 2048)
-        rows = []
+    result, sizes = {}, {"n_ahead": (3, 7, 11), "n_passes": (1, 2, 4), "n_positions": (64, 128, 256)}
+    if args.device == "cuda":
+        sizes["n_positions"] = (256, 512, 1024)
+    for name, values in sizes.items():
+        result[name] = {}
         for value in values:
-            run = in_process("ours", replace(shape, **{name: value}), args, 3)
-            rows.append((value, spread([sum(t) for t in run["times"]])["median"] if "times" in run else float("nan")))
-        result[name] = rows
-        print(f"{name:12}" + "   ".join(f"{value}: {seconds:.2f} s" for value, seconds in rows))
+            run = in_process("ours", replace(shape, **{name: value}), args, REPEATS)
+            if "times" in run:
+                result[name][value] = spread([sum(t) for t in run["times"]])
+        print(f"{name:12}" + "   ".join(f"{value}: {shown(s)} s" for value, s in result[name].items()))
     return result
 
 
@@ -318,11 +353,11 @@ def bench_sample(shape, device):
                     pass
                 seconds.append((clock(device) - start) / n_tokens)
             s, forwards = spread(seconds[1:]), max(1, n_ahead - 1)
-            bound = forwards * weights / rate
+            bound = forwards * weights / rate["median"]
             what = f"batch {batch}, " + (f"thoughts of {n_ahead}" if n_ahead else "no thoughts")
             result[what] = {"seconds_per_token": s, "tokens_per_second": batch / s["median"], "bound": bound / s["median"]}
             print(f"{what:28}{batch / s['median']:9.1f} tokens/s   {shown(s)} s a step, {bound / s['median']:.0%} of the bandwidth "
-                  f"bound ({forwards} x {weights / 1e6:.0f} MB at {rate / 1e9:.1f} GB/s)")
+                  f"bound ({forwards} x {weights / 1e6:.0f} MB at {rate['median'] / 1e9:.1f} GB/s)")
     return result
 
 
@@ -379,8 +414,9 @@ def shape_of(name):
     if name not in PRESETS:
         sys.exit(f"error: no config {name!r}: there are {', '.join([*SHAPES, *PRESETS])}")
     c = PRESETS[name].config
+    vocab = {"tiny": 11, "small": 96, "text": 4096}.get(name)  # the corpora's; of text, as the README prepares it
     model = MODELS[c.model_path] if c.model_path else qwen(c.hidden_size, c.n_layers, c.n_heads, c.n_kv_heads,
-                                                           c.intermediate_size, 11)
+                                                           c.intermediate_size, vocab)
     return Shape(model, c.batch_size, c.n_ahead, c.n_ahead_talk, c.n_passes, c.max_length, c.checkpointing)
 
 
@@ -396,6 +432,8 @@ def main(argv):
     parser.add_argument("--job", help=argparse.SUPPRESS)  # of a worker process
     args = parser.parse_args(argv)
     device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU here: use --device cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
     if args.what == "worker":
@@ -412,6 +450,8 @@ def main(argv):
         for name, shape in shapes.items():
             print(f"\ntrain {name}")
             results[f"train {name}"] = bench_train(shape, args, rate)
+            if device.type == "cuda":
+                results[f"largest batch {name}"] = largest_batch(shape, args)
         if not args.no_scaling:
             print(f"\nseconds a step against one size at a time, {names[0]} otherwise")
             results["scaling"] = bench_scaling(shapes[names[0]], args)

@@ -9,7 +9,7 @@ repeated, so an interrupted table goes on where it stopped.  NAME is one of
   small       the demo scaled up for one GPU: six operands, a larger model (overrides can shrink it)
   text        real text (--data FOLDER from data/prepare.py), against continued training without thoughts
 
-Everything after `--` is handed to every run, as in `-- --max_steps 40`.
+Everything after `--` is handed to every run, as in `-- --max_steps 40`; a row's own settings win.
 """
 
 import argparse
@@ -18,18 +18,18 @@ import shutil
 import statistics
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-# Student's t, two-sided 95%, by number of runs
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-MAIN = "thoughts, policy on"
-# FLOPs of a thinking update over those of a plain one, at the demo's shape: packed tokens x 6 and rollout tokens x 2
-# against 62 x 6 (parameters cancel): (869 * 6 + 497 * 2) / (62 * 6) = 16.7
-MATCHED = 16.7
+from nanoqstar.thoughts import ThoughtLayout
 
+# Student's t, two-sided 95%, by number of runs
+T95 = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+MAIN = "thoughts, policy on"
 CONTROLS = {
     MAIN: "",
     "policy weight 0: NLL terms only": "--policy_weight 0",
@@ -37,7 +37,7 @@ CONTROLS = {
     "random thoughts (uniform letters)": "--policy_weight 0 --thoughts_from abcdefg",
     "fixed thoughts (newlines, as pause tokens)": "--policy_weight 0 --thoughts_from \\n",
     "no thoughts, as many updates": "--n_ahead 0",
-    "no thoughts, as many FLOPs": f"--n_ahead 0 --max_steps {round(160 * MATCHED)}",
+    "no thoughts, as many FLOPs": "--n_ahead 0 --max_steps MATCHED",
 }
 RECIPE = {
     MAIN: "",
@@ -73,9 +73,9 @@ QUESTIONS = {
     "1% worked lines, pre-trained three times as long": "--fold_worked_frac 0.01 --pretrain_steps 1800 --fold_tokens 4500000",
 }
 TEXT = {MAIN: "", "policy weight 0: NLL terms only": "--policy_weight 0", "no thoughts, as many updates": "--n_ahead 0"}
-TABLES = {  # rows, preset, settings of every run
-    "controls": (CONTROLS, "tiny", ""), "recipe": (RECIPE, "tiny", ""), "questions": (QUESTIONS, "tiny", ""),
-    "small": ({k: CONTROLS[k] for k in list(CONTROLS)[:2] + list(CONTROLS)[5:6]}, "small", ""), "text": (TEXT, "text", "")}
+TABLES = {  # rows, preset
+    "controls": (CONTROLS, "tiny"), "recipe": (RECIPE, "tiny"), "questions": (QUESTIONS, "tiny"), "small": (TEXT, "small"),
+    "text": (TEXT, "text")}
 OWN_TEXT = ("fold_", "pretrain_")  # a row that changes these pre-trains its own base
 
 
@@ -112,11 +112,18 @@ def summary(r):
         f", direct {direct['accuracy_base']:.0%} -> {direct['accuracy_mixed']:.0%}" if direct else "")
 
 
+def matched_steps(cfg):
+    """Plain updates that cost the FLOPs of the thinking ones: tokens x 6 of learning, x 2 of sampling; parameters cancel."""
+    layout = ThoughtLayout(cfg.n_ahead, cfg.n_ahead_talk, cfg.n_passes, cfg.max_length)
+    rollout = layout.rollout_packing
+    return round(cfg.max_steps * (6 * layout.packing.n_packed + 2 * rollout.n_packed) / (6 * cfg.max_length))
+
+
 def interval(values, form):
     mean = statistics.mean(values)
     if len(values) < 3:
         return " / ".join(form.format(v) for v in values)
-    half = T95.get(len(values), 1.96) * statistics.stdev(values) / len(values) ** 0.5
+    half = T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
     return f"{form.format(mean)} ± {form.format(half)}"
 
 
@@ -147,21 +154,28 @@ def main(args):
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", default="out/experiments")
     parser.add_argument("--data", help="prepared folder of the text experiment")
-    own, _, overrides = " ".join(args).partition(" -- ")
-    options = parser.parse_args(own.split())
+    cut = args.index("--") if "--" in args else len(args)
+    options, overrides = parser.parse_args(args[:cut]), args[cut + 1:]
     if not Path("train.py").exists():
         parser.error("there is no train.py here: run this from the root of a clone")
     if (options.name == "text") != (options.data is not None):
         parser.error("text, and only text, needs --data FOLDER (made by data/prepare.py)")
-    rows, preset, _ = TABLES[options.name]
-    common = overrides.split() + (["--data", options.data] if options.data else [])
-    out = Path(options.out)
-    tag = preset if not overrides else f"{preset}-{abs(hash_text(overrides)):x}"
+    if not 1 <= options.seeds <= max(T95):
+        parser.error(f"--seeds must lie between 1 and {max(T95)}")
+    from configs import PRESETS, ConfigError, TrainConfig, parse_options
+    rows, preset = TABLES[options.name]
+    try:
+        cfg = replace(PRESETS[preset].config, **parse_options(TrainConfig, overrides))
+    except ConfigError as error:
+        parser.error(str(error))
+    common = overrides + (["--data", options.data] if options.data else [])
+    out = Path(options.out) / (f"{preset}-{zlib.crc32(' '.join(common).encode()):x}" if common else preset)
 
     def run(job):
         name, seed = job
-        settings, folder = rows[name].split(), out / tag / slug(rows[name]) / f"seed-{seed}"
-        base = out / tag / slug("") / f"seed-{seed}" / "base"
+        settings, folder = rows[name].split(), out / slug(rows[name]) / f"seed-{seed}"
+        settings = [str(matched_steps(cfg)) if s == "MATCHED" else s for s in settings]
+        base = out / slug("") / f"seed-{seed}" / "base"
         if settings and base.is_dir() and not any(s.startswith(tuple("--" + o for o in OWN_TEXT)) for s in settings):
             settings = ["--model_path", str(base), *settings]
         late = ["--eval_every", "1000000"] if settings else []
@@ -184,11 +198,6 @@ def main(args):
 
 def slug(settings):
     return "-".join(settings.replace("--", "").replace("\\n", "newline").split()).replace("=()", "") or "main"
-
-
-def hash_text(text):
-    import zlib
-    return zlib.crc32(text.encode())
 
 
 if __name__ == "__main__":

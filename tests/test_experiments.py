@@ -74,8 +74,18 @@ def test_text_needs_data(runs):
     assert all(c[c.index("--data") + 1] == "somewhere" for c in runs) and len(runs) == 6
 
 
-def test_matched_flops_by_hand():
+def test_matched_flops_by_hand(runs):
     """Packed tokens x 6 and rollout tokens x 2 of a thinking window, over 62 x 6 of a plain one."""
-    packed = 63 + 62 * (1 + 2 * (4 + 2))
-    rollout = 63 + 62 + 62 * 2 * 3
-    assert abs(experiments.MATCHED - (packed * 6 + rollout * 2) / (62 * 6)) < 0.05
+    packed, rollout = 63 + 62 * (1 + 2 * (4 + 2)), 63 + 62 + 62 * 2 * 3
+    steps = round(40 * (packed * 6 + rollout * 2) / (62 * 6))
+    experiments.main(["controls", "--seeds", "1", "--jobs", "1", "--", "--max_steps", "40"])
+    last = [c[len(c) - 1 - c[::-1].index("--max_steps") + 1] for c in runs]
+    assert last.count("40") == 6 and last.count(str(steps)) == 1
+
+
+@pytest.mark.parametrize("args", [["controls", "--seeds", "0"], ["controls", "--seeds", "11"],
+                                  ["controls", "--", "--n_ahed", "3"]])
+def test_bad_arguments_are_refused(runs, args):
+    with pytest.raises(SystemExit, match="2"):
+        experiments.main(args)
+    assert not runs
