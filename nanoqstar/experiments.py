@@ -134,10 +134,11 @@ def row_text(name, results):
     if "answers" in results[0]:
         direct = [r["answers"]["direct"] for r in results]
         kinds = [r["answers"]["thoughts"] for r in results]
-        columns = [interval([100 * d["accuracy_base"] for d in direct], "{:.0f}"),
-                   interval([100 * d["accuracy_mixed"] for d in direct], "{:.0f}"),
+        useful = interval([100 * (k["worked"] + k["useful"]) for k in kinds], "{:.1f}")
+        columns = [interval([100 * d["accuracy_base"] for d in direct], "{:.1f}"),
+                   interval([100 * d["accuracy_mixed"] for d in direct], "{:.1f}"),
                    interval([d["nll_mixed"] for d in direct], "{:.2f}"),
-                   interval([100 * (k["worked"] + k["useful"]) for k in kinds], "{:.0f}"), *columns[:2]]
+                   useful if any(sum(k.values()) for k in kinds) else "-", *columns[:2]]
     return "| " + " | ".join((name, str(len(results)), *columns)) + " |"
 
 

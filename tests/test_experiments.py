@@ -31,7 +31,7 @@ def test_every_row_runs_once_on_its_seeds_base(runs, capsys, tmp_path):
     experiments.main(["controls", "--seeds", "3", "--jobs", "1"])
     printed = capsys.readouterr().out
     assert len(runs) == 3 * len(experiments.CONTROLS) and "| thoughts, policy on | 3 |" in printed
-    assert "91 ± 2" in printed  # 90, 91, 92: mean 91, t(2) 4.30 x 1 / sqrt(3) = 2.48
+    assert "91.0 ± 2.5" in printed  # 90, 91, 92: mean 91, t(2) 4.30 x 1 / sqrt(3) = 2.48
     main, others = runs[:3], runs[3:]
     assert all("--model_path" not in c for c in main)
     for command in others:
