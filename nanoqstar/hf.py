@@ -65,7 +65,7 @@ def hub_error(name, error):
     if status:
         reason = f"the Hub answered {status}"
     elif isinstance(error, LocalEntryNotFoundError):
-        reason = "no network, or HF_HUB_OFFLINE is set"
+        reason = "no network, or HF_HUB_OFFLINE is set: go online, or give a local folder"
     else:  # such as a full disk
         reason = " ".join(str(error).split())
     return InputError(f"there is no folder {name!r}, and it cannot be fetched as a Hub id: {reason}")

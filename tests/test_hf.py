@@ -513,5 +513,5 @@ def test_hub(hub, folder):
     for offline in "01":
         out = run(ATTEMPT, "me/other", "me/model", **environment | {"HF_HUB_OFFLINE": offline}).splitlines()
         assert out[0] == ("there is no folder 'me/other', and it cannot be fetched as a Hub id: "
-                          "no network, or HF_HUB_OFFLINE is set")
+                          "no network, or HF_HUB_OFFLINE is set: go online, or give a local folder")
         assert out[1].startswith("loaded")
