@@ -37,8 +37,9 @@ def check_type(f, value):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     # ---- model and data
-    model_path: str | None = setting(None, "folder or Hub id to start from: Qwen2, Mistral, an earlier run, or an official "
-                                     "Quiet-STaR checkpoint; none: a new model of the sizes below, pre-trained first")
+    model_path: str | None = setting(None, "folder or Hub id to start from: Qwen2, Mistral, an earlier run, or an "
+                                     "official Quiet-STaR checkpoint; none: a new model of the sizes below, "
+                                     "pre-trained first")
     data: str = setting("fold", "folder made by data/prepare.py, or 'fold', the embedded corpus")
     out_dir: str | None = setting(None, "where the run is kept; none: out/PRESET, or out/PRESET-2 .. if that is taken")
     seed: int = setting(0, "of data order, thoughts and new weights")
@@ -48,9 +49,10 @@ class TrainConfig:
     checkpointing: bool = setting(False, "recompute each block in the backward pass instead of keeping its activations")
 
     # ---- Quiet-STaR: what is computed (paper section 4; 'official' is the authors' training script)
-    n_ahead: int = setting(8, "K, tokens of a thought, start and end included, so K-2 are sampled; 0: no thoughts, plain "
-                           "continued pre-training (the official n_ahead is ours + 1)")
-    n_ahead_talk: int = setting(4, "A, true tokens predicted after each thought, A-1 of them teacher-forced (official: 4)")
+    n_ahead: int = setting(8, "K, tokens of a thought, start and end included, so K-2 are sampled; 0: no thoughts, "
+                           "plain continued pre-training (the official n_ahead is ours + 1)")
+    n_ahead_talk: int = setting(4, "A, true tokens predicted after each thought, A-1 of them teacher-forced "
+                                "(official: 4)")
     n_passes: int = setting(2, "P, thoughts per position; their mean reward is the baseline (official: 2)")
     max_length: int = setting(1024, "T, positions of a window that think; a window holds T + n_ahead_talk tokens")
     thought_temperature: float = setting(1.0, "temperature thoughts are sampled at (official: 1, whatever its "
@@ -60,14 +62,15 @@ class TrainConfig:
     mixed_weight: float = setting(0.5, "weight of the NLL with thoughts (official: 0.5)")
     policy_weight: float = setting(1e6, "weight of the REINFORCE term (official: 1e6)")
     clamp_advantage: bool = setting(True, "drop negative advantages (official: true)")
-    normalize_advantage: bool = setting(False, "divide advantages by their root mean square, of each forward's own: needs "
-                                        "grad_accum 1 (official: false)")
-    start_init_text: str = setting("---", "the start embedding begins as the mean embedding of this text (official: ---)")
+    normalize_advantage: bool = setting(False, "divide advantages by their root mean square, of each forward's own: "
+                                        "needs grad_accum 1 (official: false)")
+    start_init_text: str = setting("---", "the start embedding begins as the mean embedding of this text "
+                                   "(official: ---)")
     end_init_text: str = setting("---", "the same for the end embedding (official: ---)")
-    embedding_lr_factor: float = setting(100.0, "learning rate of start and end embedding, times this; weight decay over "
-                                         "it (official: 100, by storing them / 100)")
-    thoughts_from: str | None = setting(None, "control experiment: thoughts drawn uniformly from the tokens of this text "
-                                        "instead of from the model (one token: fixed thoughts)")
+    embedding_lr_factor: float = setting(100.0, "learning rate of start and end embedding, times this; weight decay "
+                                         "over it (official: 100, by storing them / 100)")
+    thoughts_from: str | None = setting(None, "control experiment: thoughts drawn uniformly from the tokens of this "
+                                        "text instead of from the model (one token: fixed thoughts)")
     trainable: Literal["all", "thoughts", "mixing_head"] = setting(
         "all", "control experiment: what learns; thoughts: start, end and mixing head")
 
@@ -77,11 +80,12 @@ class TrainConfig:
     grad_accum: int = setting(1, "forwards per update; equals one batch of batch_size * grad_accum windows")
     learning_rate: float = setting(1e-6, "of AdamW after warmup (official: 1e-6)")
     warmup_steps: int = setting(20, "updates of linear warmup (official: 20)")
-    schedule: Literal["constant", "cosine"] = setting("constant", "after warmup; cosine: down to a tenth (official: constant)")
+    schedule: Literal["constant", "cosine"] = setting("constant", "after warmup; cosine: down to a tenth "
+                                                      "(official: constant)")
     beta2: float = setting(0.999, "of AdamW; beta1 is 0.9")
     weight_decay: float = setting(0.001, "of matrices; norms and biases have none (official: 0.001)")
-    grad_clip: float = setting(1.0, "largest gradient norm; unlike the official code's, it counts start and end embedding "
-                               "at their own scale (official: 1)")
+    grad_clip: float = setting(1.0, "largest gradient norm; unlike the official code's, it counts start and end "
+                               "embedding at their own scale (official: 1)")
 
     # ---- pre-training of a new model (model_path none)
     hidden_size: int = setting(96, "width of a new model")
@@ -98,7 +102,8 @@ class TrainConfig:
     # ---- the embedded corpus (data fold)
     fold_operands: int = setting(4, "letters of a problem")
     fold_operations: int = setting(1, "Latin squares; several have signs between the operands, as in a*b+c")
-    fold_ordinary_frac: float = setting(0.0, "share of lines that are ordinary text (docstrings of the standard library)")
+    fold_ordinary_frac: float = setting(0.0, "share of lines that are ordinary text (docstrings of the standard "
+                                       "library)")
     fold_worked_frac: float = setting(0.1, "share of lines that work the answer out")
     fold_restated_frac: float = setting(0.3, "share of lines that restate the question; the rest answer directly")
     fold_tokens: int = setting(1_500_000, "characters of training text")
@@ -113,10 +118,10 @@ class TrainConfig:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             check_type(f, getattr(self, f.name))
-        positive = ("max_length", "n_passes", "batch_size", "grad_accum", "max_steps", "hidden_size", "intermediate_size",
-                    "n_layers", "n_heads", "n_kv_heads", "pretrain_batch_size", "log_every", "eval_every", "eval_windows",
-                    "save_every", "thought_temperature", "reinforce_temperature", "learning_rate", "grad_clip",
-                    "embedding_lr_factor", "pretrain_learning_rate", "fold_tokens")
+        positive = ("max_length", "n_passes", "batch_size", "grad_accum", "max_steps", "hidden_size",
+                    "intermediate_size", "n_layers", "n_heads", "n_kv_heads", "pretrain_batch_size", "log_every",
+                    "eval_every", "eval_windows", "save_every", "thought_temperature", "reinforce_temperature",
+                    "learning_rate", "grad_clip", "embedding_lr_factor", "pretrain_learning_rate", "fold_tokens")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be greater than 0")
@@ -138,9 +143,11 @@ class TrainConfig:
             raise ConfigError(f"fold_operations={self.fold_operations}, fold_ordinary_frac={self.fold_ordinary_frac}: "
                               "1 to 4 operations, and a share below 1")
         if self.n_ahead == 0 and self.trainable != "all":
-            raise ConfigError(f"trainable={self.trainable}: without thoughts (n_ahead=0) only the whole model can learn")
+            raise ConfigError(f"trainable={self.trainable}: without thoughts (n_ahead=0) only the whole model "
+                              "can learn")
         if self.normalize_advantage and self.grad_accum > 1:
-            raise ConfigError("normalize_advantage takes each forward by itself: set grad_accum 1 and a larger batch_size")
+            raise ConfigError("normalize_advantage takes each forward by itself: set grad_accum 1 and a larger "
+                              "batch_size")
         if self.seed >= 2**63:
             raise ConfigError(f"seed={self.seed}: must be below 2^63")
         if not 2 <= self.fold_operands <= 8:
@@ -170,10 +177,11 @@ PRESETS = {
         n_ahead=8, n_ahead_talk=2, n_passes=2, max_length=126, start_init_text="(", end_init_text=")",
         embedding_lr_factor=10.0, policy_weight=10.0, reinforce_temperature=1.0, clamp_advantage=False, max_steps=400,
         batch_size=32, learning_rate=3e-4, warmup_steps=20, beta2=0.99, eval_every=50, eval_windows=192,
-        hidden_size=512, intermediate_size=1536, n_layers=8, n_heads=8, n_kv_heads=4, init_std=0.03, pretrain_steps=3000,
-        pretrain_batch_size=64, pretrain_learning_rate=1e-3, fold_operands=6, fold_operations=3, fold_ordinary_frac=0.1,
-        fold_tokens=20_000_000),
-        "1 GPU (not yet run on one)", "416 MB + activations", "the demo scaled up: three operations, six operands, prose"),
+        hidden_size=512, intermediate_size=1536, n_layers=8, n_heads=8, n_kv_heads=4, init_std=0.03,
+        pretrain_steps=3000, pretrain_batch_size=64, pretrain_learning_rate=1e-3, fold_operands=6, fold_operations=3,
+        fold_ordinary_frac=0.1, fold_tokens=20_000_000),
+        "1 GPU (not yet run on one)", "416 MB + activations",
+        "the demo scaled up: three operations, six operands, prose"),
     "text": Preset(TrainConfig(
         data="data/text", n_ahead=8, n_ahead_talk=4, n_passes=2, max_length=128, reinforce_temperature=1.0,
         policy_weight=10.0, embedding_lr_factor=10.0, max_steps=300, batch_size=8, learning_rate=2e-4, warmup_steps=20,
@@ -187,11 +195,13 @@ PRESETS = {
     "qwen2_5_3b_math": Preset(TrainConfig(model_path="Qwen/Qwen2.5-3B", **H200 | {"data": "data/open-web-math"}),
                               "1 H200", "49 GB + activations", "the main run on open-web-math, as in the paper"),
     "qwen2_5_7b": Preset(TrainConfig(model_path="Qwen/Qwen2.5-7B", **H200),
-                         "several GPUs (not yet)", "122 GB + activations", "larger than one GPU holds in fp32 masters: waits for FSDP2"),
+                         "several GPUs (not yet)", "122 GB + activations",
+                         "larger than one GPU holds in fp32 masters: waits for FSDP2"),
     "mistral_7b_paper": Preset(TrainConfig(
         model_path="mistralai/Mistral-7B-v0.1", **H200 | dict(data="data/open-web-math-mistral", n_ahead=11, n_passes=2,
                                                              max_length=252), grad_accum=8, max_steps=100),
-        "1 H200 or several GPUs", "116 GB + activations", "the official run: 256 tokens, 8 texts an update, official 12/4"),
+        "1 H200 or several GPUs", "116 GB + activations",
+        "the official run: 256 tokens, 8 texts an update, official 12/4"),
 }
 
 
@@ -244,8 +254,8 @@ def load_config(name):
         return name, PRESETS[name].config
     path = Path(name)
     if not path.is_file():
-        raise ConfigError(f"no config {name!r}{nearest(name, list(PRESETS))}; there are {', '.join(PRESETS)}, and any saved "
-                          "config.json")
+        raise ConfigError(f"no config {name!r}{nearest(name, list(PRESETS))}; there are {', '.join(PRESETS)}, and any "
+                          "saved config.json")
     try:
         saved = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -264,7 +274,8 @@ def help_text(cls, usage, values=None):
     lines = [usage, "", "options, as --key value or --key=value:"]
     for f in dataclasses.fields(cls):
         accepted, choices = types_of(f)
-        kind = "|".join(choices) if choices else " or ".join("none" if t is type(None) else t.__name__ for t in accepted)
+        types = ("none" if t is type(None) else t.__name__ for t in accepted)
+        kind = "|".join(choices) if choices else " or ".join(types)
         value = f.default if values is None else getattr(values, f.name)
         default = "none" if value is None else json.dumps(value) if isinstance(value, (bool, str)) else value
         lines.append(f"  --{f.name} ({kind}, default {default})\n      {f.metadata['help']}")
@@ -274,13 +285,15 @@ def help_text(cls, usage, values=None):
 def list_presets():
     lines = [f"{'config':18}{'hardware':24}{'resident memory':24}purpose"]
     lines += [f"{name:18}{p.hardware:24}{p.memory:24}{p.purpose}" for name, p in PRESETS.items()]
-    return "\n".join([*lines, "", "Resident memory: fp32 master weights, gradients and two Adam moments, 16 bytes a parameter."])
+    note = "Resident memory: fp32 master weights, gradients and two Adam moments, 16 bytes a parameter."
+    return "\n".join([*lines, "", note])
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     prompt: str | None = setting(None, "text to continue; none: ask for prompts, one after the other")
-    model_path: str | None = setting(None, "a run's folder, a checkpoint, a model folder or a Hub id; none: the newest run in out/")
+    model_path: str | None = setting(None, "a run's folder, a checkpoint, a model folder or a Hub id; none: the newest "
+                                     "run in out/")
     max_new_tokens: int = setting(100, "tokens to write")
     temperature: float = setting(1.0, "of the text; 0: always the likeliest token")
     top_k: int | None = setting(None, "draw from the k likeliest tokens only")

@@ -29,7 +29,8 @@ def load(cfg, device):
     tokenizer = hf.load_tokenizer(folder)
     info = folder / "nanoqstar.json"
     trained = (hf.read_json(info).get("config") or {}) if info.exists() else {}
-    model = QuietStar(lm, trained.get("thought_temperature", 1.0), hf.unknown_ids(tokenizer, lm.config.vocab_size)).to(device)
+    banned = hf.unknown_ids(tokenizer, lm.config.vocab_size)
+    model = QuietStar(lm, trained.get("thought_temperature", 1.0), banned).to(device)
     if thoughts is None:
         if not cfg.no_thoughts:
             print("this model was never taught to think: writing without thoughts", file=sys.stderr)
@@ -43,11 +44,13 @@ def write(model, tokenizer, n_ahead, cfg, prompt, generator):
     try:
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise InputError(f"the model's tokenizer cannot encode this prompt ({error}): use the characters it knows") from None
+        raise InputError(f"the model's tokenizer cannot encode this prompt ({error}): "
+                         "use the characters it knows") from None
     end = hf.end_of_text_id(tokenizer)
     ids = ids or ([] if end is None else [end])
     if not ids:
-        raise InputError("the prompt is empty, and the tokenizer has no end-of-text token to start from: give some text")
+        raise InputError("the prompt is empty, and the tokenizer has no end-of-text token to start from: "
+                         "give some text")
     hf.check_context(model.lm.config, len(ids) + cfg.max_new_tokens + n_ahead)
     written, shown = [], len(tokenizer.decode(ids, skip_special_tokens=False))
     print(prompt, end="", flush=True)

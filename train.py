@@ -33,7 +33,7 @@ MAX_SKIPPED = 5  # non-finite steps in a row that stop a run
 
 
 def load_batches(data, step, cfg, pin=False):
-    """An update's micro-batches, each (text, docs, uniform numbers of the thoughts), and the valid counts of all together.
+    """An update's micro-batches, each (text, docs, uniform numbers of the thoughts), and the valid counts of all.
 
     pin: in page-locked memory, from where a GPU copies while it computes.
     """
@@ -41,7 +41,8 @@ def load_batches(data, step, cfg, pin=False):
     for first in range(0, cfg.batch_size * cfg.grad_accum, cfg.batch_size):
         index = range(first, first + cfg.batch_size)
         text, docs = data.batch(cfg.seed, step, index, cfg.max_length + cfg.n_ahead_talk)
-        draws = [uniforms(cfg.seed, step, index, (cfg.n_passes, cfg.max_length, cfg.n_ahead - 2))] if cfg.n_ahead else []
+        shape = (cfg.n_passes, cfg.max_length, cfg.n_ahead - 2)
+        draws = [uniforms(cfg.seed, step, index, shape)] if cfg.n_ahead else []
         batches.append([x.pin_memory() if pin else x for x in (text, docs, *draws)])
         counts = counts + Valid.from_docs(docs, cfg.n_ahead_talk).counts()
     return batches, counts
@@ -50,7 +51,8 @@ def load_batches(data, step, cfg, pin=False):
 def train_step(model, optimizer, batches, counts, step, cfg, sampler):
     """One optimizer update; everything random is a function of (seed, step, global sample index).
 
-    Returns the means of the update's losses and statistics (device tensors), the gradient norm and whether it was finite.
+    Returns the means of the update's losses and statistics (device tensors), the gradient norm and whether it was
+    finite.
     """
     device, totals = model.lm.head_weight.device, {}
     counts = counts.to(device)
@@ -72,7 +74,8 @@ def train_step(model, optimizer, batches, counts, step, cfg, sampler):
                     base_weight=cfg.base_weight, mixed_weight=cfg.mixed_weight, policy_weight=cfg.policy_weight,
                     clamp_advantage=cfg.clamp_advantage, normalize_advantage=cfg.normalize_advantage,
                     reinforce_temperature=cfg.reinforce_temperature, banned=model.banned)
-                surprise = -(thought_lp.mean(-1) * valid.policy[:, None]).sum() / (cfg.n_passes * counts[-1].clamp(min=1))
+                n_thoughts = cfg.n_passes * counts[-1].clamp(min=1)
+                surprise = -(thought_lp.mean(-1) * valid.policy[:, None]).sum() / n_thoughts
                 parts = {"nll_base": parts["nll_base"], "nll_talk": parts["nll_mixed"], "policy": parts["policy"],
                          "reward": parts["mean_reward"], "gain": parts["mean_reward"] / cfg.n_ahead_talk,
                          "positive": parts["positive"], "mix": parts["mean_mix"], "entropy": surprise}
@@ -119,7 +122,8 @@ def make_optimizer(model, cfg):
         {"params": [p for p in ordinary if p.dim() == 1], "weight_decay": 0.0, "lr_factor": 1.0},
         {"params": [p for p in learning if id(p) in delimiters], "weight_decay": cfg.weight_decay / factor,
          "lr_factor": factor}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(0.9, cfg.beta2), fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(0.9, cfg.beta2),
+                             fused=True)
 
 
 def thought_sampler(model, cfg, tokenizer):
@@ -137,7 +141,7 @@ def thought_sampler(model, cfg, tokenizer):
 
 
 def train(model, splits, cfg, log, tokenizer, phase, thinks=True):
-    """max_steps updates with evaluations, logging and checkpoints along the way; phase: 'pretrain', 'think' or 'text'."""
+    """max_steps updates with evaluations, logging and checkpoints on the way; phase: 'pretrain', 'think' or 'text'."""
     optimizer, sampler = make_optimizer(model, cfg), thought_sampler(model, cfg, tokenizer)
     bar = tqdm(range(cfg.max_steps), desc=phase, unit="step", disable=None, dynamic_ncols=True)
     skipped = in_a_row = 0
@@ -154,8 +158,8 @@ def train(model, splits, cfg, log, tokenizer, phase, thinks=True):
         in_a_row = 0 if finite else in_a_row + 1
         skipped += in_a_row > 0
         if in_a_row == MAX_SKIPPED:
-            raise InputError(f"the gradient was not finite {MAX_SKIPPED} updates in a row (step {step}): lower learning_rate or "
-                             "policy_weight; what was saved before is untouched")
+            raise InputError(f"the gradient was not finite {MAX_SKIPPED} updates in a row (step {step}): lower "
+                             "learning_rate or policy_weight; what was saved before is untouched")
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.max_steps:
             seconds = (time.perf_counter() - clock) / (done - clock_step)
@@ -168,8 +172,9 @@ def train(model, splits, cfg, log, tokenizer, phase, thinks=True):
             log.write(phase, done, **record, grad_norm=float(grad_norm), learning_rate=learning_rate(step, cfg),
                       seconds=seconds, tokens_per_second=tokens / seconds, skipped=skipped)
             shown = "  ".join(f"{k[4:] if k.startswith('nll_') else k} {v:.3f}" for k, v in record.items())
-            log.say(f"{phase} {done:5d}/{cfg.max_steps}  {shown}  gnorm {grad_norm:.2f}  lr {learning_rate(step, cfg):.1e}  "
-                    f"{seconds * 1e3:.0f} ms  {tokens / seconds:.0f} tok/s" + f"  skipped {skipped}" * (skipped > 0),
+            log.say(f"{phase} {done:5d}/{cfg.max_steps}  {shown}  gnorm {grad_norm:.2f}  "
+                    f"lr {learning_rate(step, cfg):.1e}  {seconds * 1e3:.0f} ms  {tokens / seconds:.0f} tok/s"
+                    + f"  skipped {skipped}" * (skipped > 0),
                     quiet=phase == "pretrain" and done % (cfg.log_every * 10))
         if phase != "pretrain" and done % cfg.save_every == 0 and done < cfg.max_steps:
             log.save(model, done, thinks)
@@ -182,7 +187,8 @@ def evaluate(model, val, cfg, log, tokenizer, sampler, step):
     with autocast(model.lm.head_weight.device):
         scores = score_text(model, text, docs, cfg.n_ahead, cfg.n_ahead_talk, seed=cfg.seed, batch_size=cfg.batch_size,
                             sampler=sampler, choices=range(len(fold.LETTERS)) if is_fold else None)
-    summary, places = summarize(scores), [(0, i) for i in (cfg.max_length // 4, cfg.max_length // 2, cfg.max_length - 1)]
+    summary = summarize(scores)
+    places = [(0, i) for i in (cfg.max_length // 4, cfg.max_length // 2, cfg.max_length - 1)]
     if is_fold:
         answers, places = fold.measure(scores, cfg.seed, cfg.fold_operands, cfg.fold_operations,
                                        fold.vocabulary(cfg.fold_operations, cfg.fold_ordinary_frac))
@@ -201,8 +207,8 @@ def evaluate(model, val, cfg, log, tokenizer, sampler, step):
         for n, i in places:
             context, thought, target = (tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in (
                 text[n, max(0, i - 15):i + 1], scores.thoughts[n, i], text[n, i + 1:i + 2]))
-            log.say(f"  {context[-24:]!r:>28} thinks {thought!r}, then {target!r}: p {scores.base_lp[n, i].exp():.2f} -> "
-                    f"{scores.mixed_lp[n, i].exp():.2f}")
+            log.say(f"  {context[-24:]!r:>28} thinks {thought!r}, then {target!r}: "
+                    f"p {scores.base_lp[n, i].exp():.2f} -> {scores.mixed_lp[n, i].exp():.2f}")
     return summary
 
 
@@ -239,7 +245,8 @@ def build_model(cfg, tokenizer_path, device):
         lm = Qwen2(Qwen2Config(
             vocab_size=tokenizer.get_vocab_size(), hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
             num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_kv_heads,
-            head_dim=cfg.hidden_size // cfg.n_heads, max_position_embeddings=max(2048, 2 * cfg.max_length), rope_theta=1e4))
+            head_dim=cfg.hidden_size // cfg.n_heads, max_position_embeddings=max(2048, 2 * cfg.max_length),
+            rope_theta=1e4))
         lm.init_weights(cfg.init_std, cfg.embedding_std, cfg.seed)
         lm = lm.to(device)
     else:
@@ -281,7 +288,8 @@ class RunLog:
 
     def save(self, model, step, thinks):
         """thinks: whether start, end and mixing head were ever trained; else the language model alone is saved."""
-        hf.save(self.out / "checkpoint", model if thinks else model.lm, self.tokenizer_json, {"step": step, "config": dataclasses.asdict(self.cfg)})
+        hf.save(self.out / "checkpoint", model if thinks else model.lm, self.tokenizer_json,
+                {"step": step, "config": dataclasses.asdict(self.cfg)})
 
 
 def start_wandb(cfg, name):
@@ -330,12 +338,13 @@ def run(name, cfg):
     init_thoughts(model, thoughts, cfg, tokenizer)
     speed_up(model, device, cfg.checkpointing, cfg.compile)
     log = RunLog(out, cfg, tokenizer.to_str(), wandb)
-    log.say(f"{out}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, {splits['train'].n_tokens:,} training tokens, "
-            f"{device}, {torch.get_num_threads()} threads")
+    log.say(f"{out}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, "
+            f"{splits['train'].n_tokens:,} training tokens, {device}, {torch.get_num_threads()} threads")
     if cfg.model_path is None and cfg.pretrain_steps:
         train(model, splits, dataclasses.replace(
-            cfg, n_ahead=0, trainable="all", max_steps=cfg.pretrain_steps, batch_size=cfg.pretrain_batch_size, grad_accum=1,
-            learning_rate=cfg.pretrain_learning_rate, warmup_steps=30, schedule="cosine", beta2=0.99, weight_decay=0.01,
+            cfg, n_ahead=0, trainable="all", max_steps=cfg.pretrain_steps, batch_size=cfg.pretrain_batch_size,
+            grad_accum=1, learning_rate=cfg.pretrain_learning_rate, warmup_steps=30, schedule="cosine", beta2=0.99,
+            weight_decay=0.01,
         ), log, tokenizer, "pretrain")
         init_thoughts(model, thoughts, cfg, tokenizer)  # from the embeddings as they are now
         hf.save(out / "base", model.lm, tokenizer.to_str(), {"pretrain_steps": cfg.pretrain_steps})
@@ -355,17 +364,21 @@ def table(summary, thinks):
     rows = [("", "base", "thoughts")]
     for style, a in summary.get("answers", {}).items():
         if style in ("direct", "restated", "worked"):
-            rows.append((f"{style} answers right (held out, n={a['n']})", f"{a['accuracy_base']:.1%}", f"{a['accuracy_mixed']:.1%}"))
+            rows.append((f"{style} answers right (held out, n={a['n']})", f"{a['accuracy_base']:.1%}",
+                         f"{a['accuracy_mixed']:.1%}"))
             rows.append((f"{style} answers, NLL", f"{a['nll_base']:.3f}", f"{a['nll_mixed']:.3f}"))
     rows.append(("all tokens, NLL", f"{summary['nll_base']:.4f}", f"{summary['nll_mixed']:.4f}"))
     lines = ["", *(f"{what:44}{base:>10}" + f"{mixed:>10}" * thinks for what, base, mixed in rows)]
     if thinks and "direct" in summary.get("answers", {}):
         a = summary["answers"]
-        lines += [f"mixing weight: {a['direct']['mix']:.2f} on direct answers, {a['mix_elsewhere']:.2f} off the answers",
+        lines += [f"mixing weight: {a['direct']['mix']:.2f} on direct answers, "
+                  f"{a['mix_elsewhere']:.2f} off the answers",
                   "thoughts before direct answers: " + ", ".join(f"{k} {v:.0%}" for k, v in a["thoughts"].items())]
     if thinks:
-        lines += ["gain by decile of base NLL (easy to hard): " + " ".join(f"{g:+.3f}" for g in summary["gain_by_decile"]),
-                  f"mean gain {summary['gain']:+.4f} +- {2 * summary['gain_stderr']:.4f} (2 standard errors) nats a token"]
+        deciles = " ".join(f"{g:+.3f}" for g in summary["gain_by_decile"])
+        lines += [f"gain by decile of base NLL (easy to hard): {deciles}",
+                  f"mean gain {summary['gain']:+.4f} +- {2 * summary['gain_stderr']:.4f} (2 standard errors) "
+                  "nats a token"]
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """The embedded corpus: left folds over random Latin squares, a text in which thinking pays and nothing is labelled.
 
-A problem abcd has the steps p1 = a, p2 = p1*b, p3 = p2*c, p4 = p3*d and the answer r = p4, where * is a random 7x7 Latin
-square.  Lines come in three styles, mixed at random:
+A problem abcd has the steps p1 = a, p2 = p1*b, p3 = p2*c, p4 = p3*d and the answer r = p4, where * is a random 7x7
+Latin square.  Lines come in three styles, mixed at random:
 
     direct    abcd=r             restated  abcd=(abcd)r             worked  abcd=(p1p2p3p4)r
 
@@ -44,7 +44,8 @@ def latin_squares(seed, operations=1):
 
 def solve(problem, squares):
     """The steps p1 .. pn of a problem, as letters; the last one is the answer."""
-    operands, signs = [c for c in problem if c in LETTERS], [c for c in problem if c in SIGNS] or SIGNS[0] * len(problem)
+    operands = [c for c in problem if c in LETTERS]
+    signs = [c for c in problem if c in SIGNS] or SIGNS[0] * len(problem)
     steps = [LETTERS.index(operands[0])]
     for letter, sign in zip(operands[1:], signs):
         steps.append(squares[sign][steps[-1], LETTERS.index(letter)])
@@ -163,7 +164,8 @@ def measure(scores, seed, operands, operations, characters):
                 kinds[kind_of_thought(thought, problem, solve(problem, squares))] += 1
                 places.append((n, i))
     names = ("accuracy_base", "accuracy_mixed", "nll_base", "nll_mixed", "mix")
-    result = {style: {"n": len(r), **dict(zip(names, np.mean(r, axis=0).tolist()))} for style, r in sorted(rows.items())}
+    result = {style: {"n": len(r), **dict(zip(names, np.mean(r, axis=0).tolist()))}
+              for style, r in sorted(rows.items())}
     result["thoughts"] = {kind: count / max(1, sum(kinds.values())) for kind, count in kinds.items()}
     result["mix_elsewhere"] = scores.mix.numpy()[elsewhere].mean().item()
     return result, places[:4]

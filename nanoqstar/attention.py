@@ -88,9 +88,9 @@ class TwoPart:
 class Flex:
     """flex_attention over tiles: the text up to a tile's last position, and the tiles its groups lie in (CUDA).
 
-    The tile table depends on the packing alone and documents are a tensor that the mask looks up, so one instance, built
-    once and compiled once, serves every batch of its shape.  Lengths are padded to whole tiles: a padded query sees the
-    first text token, a padded key is seen by none.
+    The tile table depends on the packing alone and documents are a tensor that the mask looks up, so one instance,
+    built once and compiled once, serves every batch of its shape.  Lengths are padded to whole tiles: a padded query
+    sees the first text token, a padded key is seen by none.
     """
 
     TILE = 128
@@ -118,7 +118,8 @@ class Flex:
             seq_lengths=(n_queries, n_keys))
 
     def __call__(self, q, k, v):
-        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x, pad in zip((q, k, v), (self.pads[0], *2 * self.pads[1:]), strict=True))
+        pads = (self.pads[0], *2 * self.pads[1:])
+        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x, pad in zip((q, k, v), pads, strict=True))
         return compiled_flex(q, k, v, block_mask=self.block_mask, enable_gqa=True)[:, :, :self.n_queries]
 
 

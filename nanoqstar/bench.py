@@ -4,8 +4,8 @@ Measured speed against the floor.  Random weights of the config's real shape, sy
 figure is a median with its quartiles.  On a CPU one thread is used and CPU seconds are counted, since other work on the
 machine stretches the wall clock; on a GPU wall seconds between synchronisations.
 
-  train    a step split into sampling, forward, backward, optimizer; useful FLOPs against the matrix rate measured in the
-           same run (MFU); time and peak memory against the staged implementation in tests/; cost against n_ahead,
+  train    a step split into sampling, forward, backward, optimizer; useful FLOPs against the matrix rate measured in
+           the same run (MFU); time and peak memory against the staged implementation in tests/; cost against n_ahead,
            n_passes and T
   sample   decoding with and without thoughts against the memory-bandwidth bound, measured by a copy in the same run
   prepare  data/prepare.py against the bare tokenizer on the same text and cores
@@ -61,9 +61,10 @@ class Shape:
 
 
 def qwen(hidden, layers, heads, kv_heads, intermediate, vocab, tied=True, bias=True, head_dim=None, theta=1e6):
-    return Qwen2Config(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                       intermediate_size=intermediate, vocab_size=vocab, tie_word_embeddings=tied, attention_bias=bias,
-                       head_dim=head_dim or hidden // heads, max_position_embeddings=32768, rope_theta=theta)
+    return Qwen2Config(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                       num_key_value_heads=kv_heads, intermediate_size=intermediate, vocab_size=vocab,
+                       tie_word_embeddings=tied, attention_bias=bias, head_dim=head_dim or hidden // heads,
+                       max_position_embeddings=32768, rope_theta=theta)
 
 
 MODELS = {  # the shapes behind the presets' names, which are Hub ids
@@ -133,7 +134,8 @@ def flops(shape):
     m, layout = shape.model, shape.layout
     t, p, s, a = layout.n_positions, layout.n_passes, layout.n_sampled, layout.n_ahead_talk
     width = m.num_attention_heads * m.head_dim
-    block = m.num_hidden_layers * m.hidden_size * (2 * width + 2 * m.num_key_value_heads * m.head_dim + 3 * m.intermediate_size)
+    kv_width = m.num_key_value_heads * m.head_dim
+    block = m.num_hidden_layers * m.hidden_size * (2 * width + 2 * kv_width + 3 * m.intermediate_size)
     head, pair = m.vocab_size * m.hidden_size, 4 * width * m.num_hidden_layers
     text_pairs = layout.n_text * (layout.n_text + 1) // 2
     seen = t * (t + 1) // 2  # text pairs of one token per position
@@ -208,8 +210,8 @@ def staged_step(shape, device, compile, optimize):
     def step():
         times = [clock(device)]
         with autocast(device):
-            loss = staged.staged_step(params, config, text, docs, n_ahead=shape.n_ahead, n_ahead_talk=shape.n_ahead_talk,
-                                      n_passes=shape.n_passes)["loss"]
+            loss = staged.staged_step(params, config, text, docs, n_ahead=shape.n_ahead,
+                                      n_ahead_talk=shape.n_ahead_talk, n_passes=shape.n_passes)["loss"]
         times.append(clock(device))
         loss.backward()
         times.append(clock(device))
@@ -223,8 +225,8 @@ def resident_bytes():  # Linux
 
 
 def worker(which, shape, device, compile, repeats):
-    """One implementation by itself: {times: of each step}, or (repeats 0) {resident, peak}: bytes before the first step and
-    above them during one of sampling, forward and backward, without an optimizer on either side."""
+    """One implementation by itself: {times: of each step}, or (repeats 0) {resident, peak}: bytes before the first step
+    and above them during one of sampling, forward and backward, without an optimizer on either side."""
     step = {"ours": our_step, "staged": staged_step}[which](shape, device, compile, repeats > 0)
     if repeats:
         step(), step()  # warm-up
@@ -262,15 +264,17 @@ def bench_train(shape, args, rate):
         print(f"the step failed: {failed}")
         return {"failed": failed}
     steps = [t for run in times["ours"]["runs"] for t in run]
-    parts = {name: spread([t[i] for t in steps]) for i, name in enumerate(("sampling", "forward", "backward", "optimizer"))}
+    phases = ("sampling", "forward", "backward", "optimizer")
+    parts = {name: spread([t[i] for t in steps]) for i, name in enumerate(phases)}
     step, (sampling, learning) = spread([sum(t) for t in steps]), flops(shape)
     work = sampling + learning
     mfu = spread([work / sum(t) / rate["median"] for t in steps])
     result = {"parts": parts, "step": step, "flops": work, "mfu": mfu, "floor_seconds": work / rate["median"],
               "tokens_per_second": shape.batch * shape.n_positions / step["median"], "peak_bytes": peak["peak"]}
     print(f"step {shown(step)} s: " + ", ".join(f"{name} {shown(part)}" for name, part in parts.items()))
-    print(f"{result['tokens_per_second']:.0f} text tokens/s; {work / 1e9:.1f} useful GFLOP ({sampling / 1e9:.1f} sampling), floor "
-          f"{result['floor_seconds']:.2f} s at the measured {shown(rate, '{:.3g}')} FLOP/s: MFU {shown(mfu, '{:.0%}')}")
+    print(f"{result['tokens_per_second']:.0f} text tokens/s; {work / 1e9:.1f} useful GFLOP "
+          f"({sampling / 1e9:.1f} sampling), floor {result['floor_seconds']:.2f} s at the "
+          f"measured {shown(rate, '{:.3g}')} FLOP/s: MFU {shown(mfu, '{:.0%}')}")
     print(f"peak memory {peak['peak'] / 1e6:.0f} MB above the {peak['resident'] / 1e6:.0f} MB resident before the step")
     if not STAGED.exists():
         print("the staged implementation is in tests/staged.py: this comparison needs a clone")
@@ -285,17 +289,19 @@ def bench_train(shape, args, rate):
         print(f"no comparison: {failed}")
         return result
     pairs = zip(times["ours"]["runs"], times["staged"]["runs"], strict=True)
-    ratio = spread([statistics.median(map(sum, staged)) / statistics.median(sum(t[:3]) for t in ours) for ours, staged in pairs])
+    ratio = spread([statistics.median(map(sum, staged)) / statistics.median(sum(t[:3]) for t in ours)
+                    for ours, staged in pairs])
     result |= {"compared_at": shape.n_positions, "speedup": ratio, "memory_ratio": staged_peak["peak"] / peak["peak"],
                "staged": spread([sum(t) for run in times["staged"]["runs"] for t in run]),
                "staged_peak_bytes": staged_peak["peak"]}
-    print(f"staged implementation, T = {shape.n_positions}: {shown(result['staged'])} s, {staged_peak['peak'] / 1e6:.0f} MB; ours "
-          f"(sampling, forward, backward) is {shown(ratio)} times as fast, with {result['memory_ratio']:.2f} times less memory")
+    print(f"staged implementation, T = {shape.n_positions}: {shown(result['staged'])} s, "
+          f"{staged_peak['peak'] / 1e6:.0f} MB; ours (sampling, forward, backward) is {shown(ratio)} times as fast, "
+          f"with {result['memory_ratio']:.2f} times less memory")
     return result
 
 
 def in_turns(shape, args, names):
-    """Times of each implementation, a fresh process after the other, so that a change of the machine's speed meets all."""
+    """Times of each implementation, fresh processes in turns, so that a change of the machine's speed meets all."""
     results = {name: {"runs": []} for name in names}
     for _ in range(ROUNDS):
         for name in names:
@@ -359,9 +365,11 @@ def bench_sample(shape, device):
             s, forwards = spread(seconds[1:]), max(1, n_ahead - 1)
             bound = forwards * weights / rate["median"]
             what = f"batch {batch}, " + (f"thoughts of {n_ahead}" if n_ahead else "no thoughts")
-            result[what] = {"seconds_per_token": s, "tokens_per_second": batch / s["median"], "bound": bound / s["median"]}
-            print(f"{what:28}{batch / s['median']:9.1f} tokens/s   {shown(s)} s a step, {bound / s['median']:.0%} of the bandwidth "
-                  f"bound ({forwards} x {weights / 1e6:.0f} MB at {rate['median'] / 1e9:.1f} GB/s)")
+            result[what] = {"seconds_per_token": s, "tokens_per_second": batch / s["median"],
+                            "bound": bound / s["median"]}
+            print(f"{what:28}{batch / s['median']:9.1f} tokens/s   {shown(s)} s a step, "
+                  f"{bound / s['median']:.0%} of the bandwidth bound "
+                  f"({forwards} x {weights / 1e6:.0f} MB at {rate['median'] / 1e9:.1f} GB/s)")
     return result
 
 
@@ -391,11 +399,12 @@ def bench_prepare():
             n_tokens = sum(len(e.ids) for batch in range(0, len(documents), 1000)
                            for e in tokenizer.encode_batch(documents[batch:batch + 1000], add_special_tokens=False))
             bare.append(n_tokens / (time.perf_counter() - start))
-            done = subprocess.run([*command, "--tokenizer", str(first), "--out", str(Path(folder, f"o{i}"))], check=True,
-                                  capture_output=True, text=True)
+            done = subprocess.run([*command, "--tokenizer", str(first), "--out", str(Path(folder, f"o{i}"))],
+                                  check=True, capture_output=True, text=True)
             ours.append(float(done.stdout.split(" tokens/s")[0].split()[-1].replace(",", "")))
     result = {"ours": spread(ours), "bare": spread(bare), "ratio": spread([a / b for a, b in zip(ours, bare)])}
-    print(f"prepare.py {shown(result['ours'])} tokens/s, bare encode_batch {shown(result['bare'])}: {shown(result['ratio'])} of it")
+    print(f"prepare.py {shown(result['ours'])} tokens/s, bare encode_batch {shown(result['bare'])}: "
+          f"{shown(result['ratio'])} of it")
     return result
 
 
@@ -446,7 +455,8 @@ def main(argv):
         print(json.dumps(worker(which, shape, device, compile or None, repeats)))
         return
     names = [args.config] if args.config else ["cpu", "cpu_vocab"] if device.type == "cpu" else ["qwen2_5_3b"]
-    shapes = {name: replace(shape_of(name), **({"batch": args.batch_size} if args.batch_size else {})) for name in names}
+    changes = {"batch": args.batch_size} if args.batch_size else {}
+    shapes = {name: replace(shape_of(name), **changes) for name in names}
     results = {"hardware": hardware(device)}
     print(results["hardware"])
     if args.what in ("train", "all"):

@@ -53,7 +53,8 @@ def score_text(model, text, docs, n_ahead, n_talk, *, seed=0, batch_size=16, sam
 
         def log_probs(hidden, targets):
             rows = hidden.flatten(0, -2)
-            return weighted_log_probs(rows, head, targets.flatten(), torch.zeros_like(rows[:, 0]))[1].view(targets.shape)
+            no_weight = torch.zeros_like(rows[:, 0])
+            return weighted_log_probs(rows, head, targets.flatten(), no_weight)[1].view(targets.shape)
 
         base_lp = log_probs(base, x[:, 1:])
         mixed_lp = log_probs(mixed, x[:, 1:].unfold(1, n_talk, 1))
@@ -65,8 +66,8 @@ def score_text(model, text, docs, n_ahead, n_talk, *, seed=0, batch_size=16, sam
             with torch.autocast(head.device.type, enabled=False):  # bf16 would round near ties
                 rows = torch.stack((base[:, :n_positions], mixed[:, :, 0])).flatten(0, 2)
                 choice = ids[fp32_logits(rows, head[ids]).argmax(-1)].view(2, *valid.base.shape)
-        batch = (x, valid.base, valid.policy, base_lp[:, :n_positions], mixed_lp[..., 0], reward, mix, thoughts[:, 0], thought_lp[:, 0],
-                 *choice)
+        batch = (x, valid.base, valid.policy, base_lp[:, :n_positions], mixed_lp[..., 0], reward, mix, thoughts[:, 0],
+                 thought_lp[:, 0], *choice)
         scores.append([t.cpu() for t in batch])
     return TextScores(*(torch.cat(parts) for parts in zip(*scores, strict=True)))
 
@@ -85,6 +86,6 @@ def summarize(scores):
             "gain_hardest": deciles[-1] if deciles else gain.max().item(), "gain_by_decile": deciles,
             "gain_stderr": (gain.std() / len(gain) ** 0.5).item(),
             "reward": scores.reward[scores.whole].mean().item(), "mix": scores.mix[scores.valid].mean().item(),
-            "entropy": -scores.thought_lp[scores.valid].mean().item(),  # a sample's surprise has the entropy as its mean
+            "entropy": -scores.thought_lp[scores.valid].mean().item(),  # the entropy is a sample's mean surprise
             "distinct": len(flat.unique(dim=0)) / len(flat)}
     return summary

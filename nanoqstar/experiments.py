@@ -68,14 +68,16 @@ QUESTIONS = {
     "newline start, three operands": NEWLINE + " --fold_operands 3 --n_ahead 5",
     "three operands, usual start": "--fold_operands 3 --n_ahead 5",
     "3% worked lines": "--fold_worked_frac 0.03",
-    "3% worked lines, pre-trained three times as long": "--fold_worked_frac 0.03 --pretrain_steps 1800 --fold_tokens 4500000",
+    "3% worked lines, pre-trained three times as long":
+        "--fold_worked_frac 0.03 --pretrain_steps 1800 --fold_tokens 4500000",
     "1% worked lines": "--fold_worked_frac 0.01",
-    "1% worked lines, pre-trained three times as long": "--fold_worked_frac 0.01 --pretrain_steps 1800 --fold_tokens 4500000",
+    "1% worked lines, pre-trained three times as long":
+        "--fold_worked_frac 0.01 --pretrain_steps 1800 --fold_tokens 4500000",
 }
 TEXT = {MAIN: "", "policy weight 0: NLL terms only": "--policy_weight 0", "no thoughts, as many updates": "--n_ahead 0"}
 TABLES = {  # rows, preset
-    "controls": (CONTROLS, "tiny"), "recipe": (RECIPE, "tiny"), "questions": (QUESTIONS, "tiny"), "small": (TEXT, "small"),
-    "text": (TEXT, "text")}
+    "controls": (CONTROLS, "tiny"), "recipe": (RECIPE, "tiny"), "questions": (QUESTIONS, "tiny"),
+    "small": (TEXT, "small"), "text": (TEXT, "text")}
 OWN_TEXT = ("fold_", "pretrain_")  # a row that changes these pre-trains its own base
 
 
@@ -113,7 +115,7 @@ def summary(r):
 
 
 def matched_steps(cfg):
-    """Plain updates that cost the FLOPs of the thinking ones: tokens x 6 of learning, x 2 of sampling; parameters cancel."""
+    """Plain updates that cost the FLOPs of the thinking ones: tokens x 6 to learn, x 2 to sample; parameters cancel."""
     layout = ThoughtLayout(cfg.n_ahead, cfg.n_ahead_talk, cfg.n_passes, cfg.max_length)
     rollout = layout.rollout_packing
     return round(cfg.max_steps * (6 * layout.packing.n_packed + 2 * rollout.n_packed) / (6 * cfg.max_length))
@@ -129,7 +131,8 @@ def interval(values, form):
 
 def row_text(name, results):
     """One row of the table: direct answers where the corpus has them, and NLL over all tokens."""
-    columns = [interval([r["nll_base"] for r in results], "{:.3f}"), interval([r["nll_mixed"] for r in results], "{:.3f}"),
+    columns = [interval([r["nll_base"] for r in results], "{:.3f}"),
+               interval([r["nll_mixed"] for r in results], "{:.3f}"),
                interval([r["gain"] for r in results], "{:+.4f}")]
     if "answers" in results[0]:
         direct = [r["answers"]["direct"] for r in results]
@@ -184,7 +187,8 @@ def main(args):
 
     results = {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        for group in ([n for n in rows if not rows[n]], [n for n in rows if rows[n]]):  # first those that make the bases
+        # first those that make the bases
+        for group in ([n for n in rows if not rows[n]], [n for n in rows if rows[n]]):
             jobs = [(name, seed) for seed in range(options.seeds) for name in group]
             for (name, seed), result in zip(jobs, pool.map(run, jobs), strict=True):
                 if result is not None:

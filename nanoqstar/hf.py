@@ -39,7 +39,8 @@ def resolve(path_or_id):
     if os.path.isdir(path_or_id):
         checkpoint = Path(path_or_id, "checkpoint")  # a run's folder stands for what it trained
         if not checkpoint.is_dir() and Path(path_or_id, "metrics.jsonl").exists():
-            raise InputError(f"the run in {path_or_id} has saved nothing yet; its pre-trained base, if any, is in its base/")
+            raise InputError(f"the run in {path_or_id} has saved nothing yet; its pre-trained base, if any, is in its "
+                             "base/")
         return checkpoint if checkpoint.is_dir() else Path(path_or_id)
     name = str(path_or_id)
     if os.path.exists(name):
@@ -225,7 +226,8 @@ def load(path_or_id, device="cpu", dtype=torch.float32):
     """(Qwen2, thoughts or None, folder) of a local folder or Hub id, tensor by tensor: about one copy in host memory.
 
     thoughts: {name: tensor} of QuietStar's own parameters, from `quietstar.safetensors` or from the layout of the
-    official checkpoint, in fp32 at least.  Every name, shape and dtype is checked before anything is loaded; InputError otherwise.
+    official checkpoint, in fp32 at least.  Every name, shape and dtype is checked before anything is loaded;
+    InputError otherwise.
     """
     folder = resolve(path_or_id)
     config = read_config(folder)

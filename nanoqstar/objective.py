@@ -93,21 +93,23 @@ def sample_tokens(hidden, weight, uniforms, temperature=1.0, banned=None):
     An id of zero probability is never returned, whatever the rounding.
     """
     ids = torch.empty(uniforms.shape, dtype=torch.long, device=hidden.device)
-    log_probs = torch.empty(uniforms.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    log_probs = torch.empty(uniforms.shape, dtype=dtype, device=hidden.device)
     compute = weight.to(compute_dtype(weight))
     for rows in row_chunks(len(hidden), len(weight), hidden.device):
         probs = fp32_logits(hidden[rows], compute, banned, temperature).softmax(-1)
         cdf = probs.cumsum(-1)
         total = cdf[:, -1:]
         below = torch.minimum(uniforms[rows].to(cdf.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-        ids[rows] = torch.searchsorted(cdf, below.contiguous(), right=True)  # the first id whose cumulative probability exceeds it
+        # the first id whose cumulative probability exceeds it
+        ids[rows] = torch.searchsorted(cdf, below.contiguous(), right=True)
         log_probs[rows] = probs.gather(-1, ids[rows]).log()
     return ids, log_probs
 
 
 @dataclass
 class Valid:
-    """Which positions count (B, ..), from the document ids alone: a prediction across a document's end counts nowhere."""
+    """Which positions count (B, ..), from document ids alone: a prediction across a document's end counts nowhere."""
 
     base: torch.Tensor  # (B, T): x_{i+1} is of x_i's document
     talk: torch.Tensor  # (B, T, A): x_{i+1+j} is
@@ -119,7 +121,7 @@ class Valid:
         return cls(talk[..., 0], talk, talk.all(-1))
 
     def counts(self):
-        """Counts of one pass as one tensor (1 + A + 1,): base, talk by lookahead, policy; to be summed over an update."""
+        """Counts of one pass as a tensor (1 + A + 1,): base, talk by lookahead, policy; to be summed over an update."""
         return torch.cat((self.base.sum()[None], self.talk.sum((0, 1)), self.policy.sum()[None]))
 
 
@@ -155,9 +157,9 @@ def quiet_star_loss(states, head, text, thoughts, valid, counts, *, base_weight,
 
     states: `quietstar.States`.  head: (V, D).  text: (B, T+A).  thoughts: (B, P, T, S).  valid: `Valid`.
     counts: `Valid.counts()` summed over the update's micro-batches and ranks, so that gradients simply add up.
-    Returns the loss and detached parts: base_lp (B, T+A-1), mixed_lp (B, P, T, A), reward and advantage (B, P, T), nats;
-    and this forward's shares of the update's means: nll_base, nll_mixed (over the whole lookahead), policy, mean_reward,
-    positive (share of positive advantages), mean_mix.
+    Returns the loss and detached parts: base_lp (B, T+A-1), mixed_lp (B, P, T, A), reward and advantage (B, P, T),
+    nats; and this forward's shares of the update's means: nll_base, nll_mixed (over the whole lookahead), policy,
+    mean_reward, positive (share of positive advantages), mean_mix.
     """
     (_, n_passes, _, n_talk), n_sampled = states.mixed.shape[:4], thoughts.shape[-1]
     counts = counts.clamp(min=1).to(torch.promote_types(states.base.dtype, torch.float32))  # an empty mean is 0

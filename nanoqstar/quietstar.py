@@ -21,7 +21,8 @@ def uniforms(seed, step, indices, shape):
 
     A function of its arguments alone, so thoughts depend neither on the micro-batch size nor on the number of ranks.
     """
-    draws = [np.random.default_rng([seed, step, int(index), THOUGHTS]).random(shape, dtype=np.float32) for index in indices]
+    draws = [np.random.default_rng([seed, step, int(index), THOUGHTS]).random(shape, dtype=np.float32)
+             for index in indices]
     return torch.from_numpy(np.stack(draws))
 
 
@@ -33,7 +34,8 @@ class MixingHead(nn.Sequential):
     """
 
     def __init__(self, dim):
-        super().__init__(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1, bias=False))
+        super().__init__(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(),
+                         nn.Linear(dim, 1, bias=False))
 
     def base_half(self, base):
         """base (.., D) -> (.., D): its share of the first layer, in fp32 at least."""
@@ -49,7 +51,7 @@ class MixingHead(nn.Sequential):
         return self.apply_in_full(rest, talk)
 
     def apply_in_full(self, function, x):
-        """Outside autocast: bf16 would leave the weight three digits, and the head costs under a hundredth of a step."""
+        """Outside autocast: bf16 would leave the weight three digits; the head costs under a hundredth of a step."""
         with torch.autocast(x.device.type, enabled=False):
             return function(x.to(self[0].weight.dtype))
 
@@ -118,7 +120,8 @@ class QuietStar(nn.Module):
             hidden = self.lm(x, rope[cache.slots], packed_attention(packing, docs, step), cache)
             rows = hidden[:, -layout.n_positions:] if step == 0 else hidden  # of start, for all passes; of t, one each
             draws = uniforms[..., step].transpose(1, 2).reshape(rows.shape[0] * rows.shape[1], -1)
-            sampled = sample_tokens(rows.flatten(0, 1), self.lm.head_weight, draws, self.thought_temperature, self.banned)
+            sampled = sample_tokens(rows.flatten(0, 1), self.lm.head_weight, draws, self.thought_temperature,
+                                    self.banned)
             for out, new in zip((thoughts, log_probs), sampled, strict=True):
                 out[..., step] = new.view(batch, layout.n_positions, layout.n_passes).transpose(1, 2)
             x = thoughts[..., step].transpose(1, 2).flatten(1)

@@ -34,8 +34,8 @@ def speed_up(model, device, checkpointing=False, compile=None):
         return
     if not can_compile(device):
         if compile:
-            raise InputError("compile=true needs a C++ compiler (on a GPU Triton, too) and none is found: install g++, or "
-                             "set --compile false")
+            raise InputError("compile=true needs a C++ compiler (on a GPU Triton, too) and none is found: install g++, "
+                             "or set --compile false")
         print("no C++ compiler or no Triton is found, so the model runs uncompiled and far slower: install g++")
         return
     for block in layers:

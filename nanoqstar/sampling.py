@@ -20,7 +20,7 @@ class Step:
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Ids (B,) drawn from logits (B, V) after temperature, top-k and top-p, in this order; temperature 0: the likeliest.
+    """Ids (B,) drawn from logits (B, V) after temperature, top-k, top-p, in this order; temperature 0: the likeliest.
 
     top_k keeps the k likeliest, top_p the fewest of the likeliest whose probabilities reach p (at least one).
     """
@@ -57,7 +57,7 @@ def generate(model, prompts, max_new_tokens, n_ahead, temperature=1.0, top_k=Non
     is_text = (slot >= n_ahead + pads[:, None])[:, None, None]  # (B, 1, 1, n_slots)
 
     def forward(x, slots, positions, last_text):
-        """Hidden states of x at `slots`: text sees the text up to itself, a thought that up to `last_text` and itself."""
+        """Hidden states of x at `slots`: text sees text up to itself, a thought that up to `last_text` and itself."""
         cache.slots, query = slots, slots[:, None]
         mask = torch.where(query < n_ahead, is_text & (slot <= last_text) | (slot <= query), is_text & (slot <= query))
         mask = mask | (slot == query)  # padding sees itself

@@ -70,7 +70,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class ThoughtLayout:
-    """All arithmetic of n_ahead, n_ahead_talk and n_passes, for windows of T + A tokens (paper sections 4.2 and 4.4.2)."""
+    """All arithmetic of n_ahead, n_ahead_talk, n_passes, for windows of T + A tokens (paper sections 4.2, 4.4.2)."""
 
     n_ahead: int  # K: tokens of a thought, start and end included
     n_ahead_talk: int  # A: true tokens predicted after a thought

@@ -47,8 +47,9 @@ def test_refused_options(args, sentence):
     ({"max_length": 0}, "max_length=0"), ({"learning_rate": float("nan")}, "learning_rate"),
     ({"learning_rate": -1.0}, "learning_rate=-1.0"), ({"device": "tpu"}, "'tpu' is not one of auto, cuda, mps, cpu"),
     ({"hidden_size": 97}, "heads must divide"), ({"beta2": 1.0}, "beta2"), ({"threads": 0}, "threads=0"),
-    ({"fold_worked_frac": 0.8}, "more than 1"), ({"seed": True}, "expected int"), ({"policy_weight": -1.0}, "policy_weight"),
-    ({"fold_operands": 1}, "fold_operands=1"), ({"max_steps": float("inf")}, "expected int"),
+    ({"fold_worked_frac": 0.8}, "more than 1"), ({"seed": True}, "expected int"),
+    ({"policy_weight": -1.0}, "policy_weight"), ({"fold_operands": 1}, "fold_operands=1"),
+    ({"max_steps": float("inf")}, "expected int"),
 ])
 def test_values_out_of_range(changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
@@ -89,7 +90,8 @@ def test_saved_config_round_trips(tmp_path):
 
 @pytest.mark.parametrize("text, sentence", [("{", "not readable as JSON"), ("[1]", "holds no settings"),
                                             ('{"n_ahed": 8}', "unknown key 'n_ahed'; did you mean n_ahead"),
-                                            ('{"n_ahead": "8"}', "--n_ahead: expected int"), ('{"n_ahead": 2}', "n_ahead=2")])
+                                            ('{"n_ahead": "8"}', "--n_ahead: expected int"),
+                                            ('{"n_ahead": 2}', "n_ahead=2")])
 def test_broken_saved_configs(tmp_path, text, sentence):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=sentence):

@@ -19,9 +19,10 @@ def runs(tmp_path, monkeypatch):
         out, seed = (command[command.index(o) + 1] for o in ("--out_dir", "--seed"))
         folder = tmp_path / out
         (folder / "base").mkdir(parents=True)
-        answers = {"direct": {"n": 10, "accuracy_base": 0.1, "accuracy_mixed": 0.9 + 0.01 * int(seed), "nll_mixed": 0.5},
-                   "thoughts": {"worked": 0.8, "useful": 0.1}}
-        records = [{"kind": "eval", "nll_base": 1.0, "nll_mixed": 0.9, "gain": 0.1, "answers": answers}, {"kind": "end"}]
+        direct = {"n": 10, "accuracy_base": 0.1, "accuracy_mixed": 0.9 + 0.01 * int(seed), "nll_mixed": 0.5}
+        answers = {"direct": direct, "thoughts": {"worked": 0.8, "useful": 0.1}}
+        records = [{"kind": "eval", "nll_base": 1.0, "nll_mixed": 0.9, "gain": 0.1, "answers": answers},
+                   {"kind": "end"}]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
     monkeypatch.setattr(experiments.subprocess, "run", run)
     return commands

@@ -28,7 +28,8 @@ def test_no_training_line_of_any_style_holds_a_held_out_problem():
     lines = text.splitlines()
     assert 150 < len(held_out) < 350 and len(held_out) + len(fold.problems(4)[0]) == 7**4
     assert not held_out & {line[:4] for line in lines}
-    assert not held_out & set(re.findall(r"\(([a-g]{4})\)", "".join(line for line in lines if line[5:10] == f"({line[:4]}")))
+    restated = "".join(line for line in lines if line[5:10] == f"({line[:4]}")
+    assert not held_out & set(re.findall(r"\(([a-g]{4})\)", restated))
     assert {line[:4] for line in fold.make_text(3, "val", 50_000).splitlines()} == held_out
 
 
@@ -40,14 +41,16 @@ def test_styles_come_in_their_shares_and_answers_are_right():
         assert ("\n" + text)[k] == steps[-1]
         counts[style] += 1
     shares = {style: n / sum(counts.values()) for style, n in counts.items()}
-    assert abs(shares["direct"] - 0.6) < 0.02 and abs(shares["restated"] - 0.3) < 0.02 and abs(shares["worked"] - 0.1) < 0.02
+    assert abs(shares["direct"] - 0.6) < 0.02 and abs(shares["restated"] - 0.3) < 0.02
+    assert abs(shares["worked"] - 0.1) < 0.02
     assert text == fold.make_text(5, "train", 100_000, worked=0.1, restated=0.3)
     assert text != fold.make_text(6, "train", 100_000, worked=0.1, restated=0.3)
 
 
 def test_only_problems_that_the_window_shows_whole_are_scored():
     found = fold.find_answers("cd=e\nabcd=e\nabcd=(abcd)f\nabcd=(aceg)g\nabcd=")
-    assert [(style, problem) for style, _, problem in found] == [("direct", "abcd"), ("restated", "abcd"), ("worked", "abcd")]
+    assert [(style, problem) for style, _, problem in found] == [
+        ("direct", "abcd"), ("restated", "abcd"), ("worked", "abcd")]
     assert [k for _, k, _ in found] == [10, 23, 36]
 
 
@@ -64,7 +67,8 @@ def test_tokenizer_and_encode_agree():
 def test_larger_corpora_hold_out_as_well():
     options = dict(operands=6, operations=3, ordinary=0.2)
     train, val = (fold.make_text(1, split, 60_000, **options) for split in ("train", "val"))
-    found = {split: {p for _, _, p in fold.find_answers("\n" + text)} for split, text in (("train", train), ("val", val))}
+    found = {split: {p for _, _, p in fold.find_answers("\n" + text)}
+             for split, text in (("train", train), ("val", val))}
     assert len(found["train"]) > 1000 and len(found["val"]) > 1000
     assert not any(map(fold.held_out, found["train"])) and all(map(fold.held_out, found["val"]))
     assert all(sum(c in fold.LETTERS for c in p) == 6 and len(p) == 11 for p in found["val"])
@@ -89,7 +93,8 @@ def test_measure_by_hand():
     mix = torch.zeros(1, n)
     mix[0, 5] = 0.5
     scores = SimpleNamespace(text=ids, base_lp=torch.full((1, n), -2.0), mixed_lp=torch.full((1, n), -0.5), mix=mix,
-                             thoughts=thoughts, base_choice=torch.full((1, n), wrong), mixed_choice=torch.full((1, n), right))
+                             thoughts=thoughts, base_choice=torch.full((1, n), wrong),
+                             mixed_choice=torch.full((1, n), right))
     result, places = fold.measure(scores, 0, 4, 1, characters)
     assert result["direct"] == {"n": 1, "accuracy_base": 0.0, "accuracy_mixed": 1.0, "nll_base": 2.0, "nll_mixed": 0.5,
                                 "mix": 0.5}

@@ -24,7 +24,9 @@ def imports(path):
             yield from ((alias.name, id(node) not in inner) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "nanoqstar" else [node.module]
+            names = [node.module]
+            if node.module == "nanoqstar":
+                names = [f"nanoqstar.{alias.name}" for alias in node.names]
             yield from ((name, id(node) not in inner) for name in names)
 
 
