@@ -66,7 +66,8 @@ class TwoPart:
     def groups(self, q, k_text, v_text, k_own, v_own):
         batch, kv_heads, _, d = k_text.shape
         positions, (n, m) = self.packing.n_positions, self.own_bias.shape
-        q = (q * d**-0.5).unflatten(1, (kv_heads, -1)).unflatten(3, (positions, n))  # (B, G, R, T, n, d)
+        q = q.unflatten(1, (kv_heads, -1)).unflatten(3, (positions, n))  # (B, G, R, T, n, d)
+        k_text, k_own = k_text * d**-0.5, k_own * d**-0.5  # there are fewer keys than queries
         k_own, v_own = (x.unflatten(2, (positions, m)) for x in (k_own, v_own))  # (B, G, T, m, d)
         outs = []
         for start in range(0, positions, POSITIONS_PER_CHUNK):
@@ -75,8 +76,9 @@ class TwoPart:
             shape = qc.shape[:-1]  # (B, G, R, t, n)
             text = (qc.flatten(2, 4) @ k_text[:, :, :stop].transpose(-1, -2)).view(*shape, stop)
             own = (qc.transpose(2, 3).flatten(3, 4) @ kc.transpose(-1, -2)).unflatten(3, (-1, n)).transpose(2, 3)
-            text = text + self.text_bias[:, :, None, start:stop, None, :stop].to(text.dtype)
-            scores = torch.cat((text, own + self.own_bias.to(own.dtype)), dim=-1)
+            text += self.text_bias[:, :, None, start:stop, None, :stop].to(text.dtype)
+            own += self.own_bias.to(own.dtype)
+            scores = torch.cat((text, own), dim=-1)
             dtype = torch.promote_types(scores.dtype, torch.float32)
             p_text, p_own = scores.softmax(-1, dtype=dtype).to(v_text.dtype).split((stop, m), dim=-1)
             out = (p_text.flatten(2, 4) @ v_text[:, :, :stop]).view(*shape, d)

@@ -156,7 +156,7 @@ def flops(shape):
 def make_model(shape, device):
     with torch.device(device):
         model = QuietStar(Qwen2(shape.model))
-    model.lm.init_weights()
+    model.lm.model.embed_tokens.weight.data.mul_(0.02)  # the rest as torch starts it, on the device
     model.init_thoughts([1], [2])
     torch.nn.init.normal_(model.mixing_head[4].weight, std=0.02)  # past the first step, where everything is zero
     return model
