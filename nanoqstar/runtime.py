@@ -24,7 +24,8 @@ def autocast(device):
 def speed_up(model, device, checkpointing=False, compile=None):
     """Activation checkpointing and torch.compile, block by block; compile None: on CUDA only.
 
-    On a CPU compiling costs a minute and more per shape and wins little: the products are the library's either way.
+    On a CPU compiling takes a minute and wins 3% of a step (measured at `bench`'s cpu shape): the products are the
+    library's either way.
     """
     layers = model.lm.model.layers
     if checkpointing:
