@@ -179,7 +179,7 @@ PRESETS = {
         batch_size=32, learning_rate=3e-4, warmup_steps=20, beta2=0.99, eval_every=50, eval_windows=192,
         hidden_size=512, intermediate_size=1536, n_layers=8, n_heads=8, n_kv_heads=4, init_std=0.03,
         pretrain_steps=3000, pretrain_batch_size=64, pretrain_learning_rate=1e-3, fold_operands=6, fold_operations=3,
-        fold_ordinary_frac=0.1, fold_tokens=20_000_000),
+        fold_ordinary_frac=0.1, fold_worked_frac=0.3, fold_tokens=20_000_000),
         "1 GPU (not yet run on one)", "416 MB + activations",
         "the demo scaled up: three operations, six operands, prose"),
     "text": Preset(TrainConfig(
