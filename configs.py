@@ -180,7 +180,7 @@ PRESETS = {
         hidden_size=512, intermediate_size=1536, n_layers=8, n_heads=8, n_kv_heads=4, init_std=0.03,
         pretrain_steps=3000, pretrain_batch_size=64, pretrain_learning_rate=1e-3, fold_operands=6, fold_operations=3,
         fold_ordinary_frac=0.1, fold_worked_frac=0.3, fold_tokens=20_000_000),
-        "1 GPU (not yet run on one)", "416 MB + activations",
+        "1 GPU (not yet run)", "416 MB + activations",
         "the demo scaled up: three operations, six operands, prose"),
     "text": Preset(TrainConfig(
         data="data/text", n_ahead=8, n_ahead_talk=4, n_passes=2, max_length=128, reinforce_temperature=1.0,
