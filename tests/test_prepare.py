@@ -74,7 +74,7 @@ def same_files(a, b):
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in OUTPUT)
 
 
-def refused(result, *words):
+def assert_refused(result, *words):
     """The run ended with status 2 and one sentence that has the words."""
     status, _, err = result
     line = err.strip().splitlines()[-1]
@@ -287,7 +287,8 @@ def test_a_killed_run_continues_to_the_same_bytes(run, three_files, tmp_path, mo
     tokenized.clear()
     status, out, _ = run(*three_files)
     assert status == 0 and "already prepared" in out and not tokenized
-    refused(run(*three_files, "--val_fraction", 0.3), "begun with val_fraction 0.2, now it is 0.3", "delete", "--out")
+    assert_refused(run(*three_files, "--val_fraction", 0.3), "begun with val_fraction 0.2, now it is 0.3",
+                   "delete", "--out")
 
 
 @pytest.mark.parametrize("when", ["before the first batch", "after the last batch"])
@@ -310,7 +311,7 @@ def test_a_leftover_of_other_input_is_refused(run, three_files, tmp_path, monkey
     assert run(*three_files)[0] == 130
     with open(tmp_path / "in" / "2.jsonl", "a") as file:
         file.write('{"text": "one more"}\n')
-    refused(run(*three_files), "out.partial was begun with bytes", "delete")
+    assert_refused(run(*three_files), "out.partial was begun with bytes", "delete")
 
 
 # --- mistakes ---
@@ -321,54 +322,55 @@ def test_wrong_inputs_are_named(run, tmp_path, monkeypatch):
     def given(name, content):
         (tmp_path / name).write_bytes(content)
         return run("--input", tmp_path / name)
-    refused(run("--input", tmp_path / "absent"), "--input: there is no file or folder", "absent")
-    refused(given("empty.txt", b""), "the train split is empty, of 0 documents")
-    refused(given("latin.txt", b"caf\xe9 au lait"), "latin.txt cannot be read as text", "utf-8")
-    refused(given("bad.jsonl", b'{"text": "a"}\n{"text": "b\n'), "bad.jsonl", "line 2 has no text in 'text'", "no JSON")
-    refused(given("latin.jsonl", b'{"text": "caf\xe9"}\n'), "latin.jsonl", "line 1", "no JSON")
-    refused(given("field.json", b'{"body": "a", "url": 5}\n'), "line 1", "the fields body, url", "--text_field")
-    refused(run("--input", tmp_path / "field.json", "--text_field", "url"), "line 1 has no text in 'url'")
-    refused(given("cut.txt.gz", gzip.compress(b"text " * 1000)[:-20]), "cut.txt.gz cannot be read as text")
-    refused(given("not.txt.gz", b"text"), "not.txt.gz cannot be read as text", "gzip")
-    refused(given("one.txt", b"one document"), "the val split is empty, of 1 documents", "--val_fraction")
+    assert_refused(run("--input", tmp_path / "absent"), "--input: there is no file or folder", "absent")
+    assert_refused(given("empty.txt", b""), "the train split is empty, of 0 documents")
+    assert_refused(given("latin.txt", b"caf\xe9 au lait"), "latin.txt cannot be read as text", "utf-8")
+    assert_refused(given("bad.jsonl", b'{"text": "a"}\n{"text": "b\n'), "bad.jsonl", "line 2 has no text in 'text'",
+                   "no JSON")
+    assert_refused(given("latin.jsonl", b'{"text": "caf\xe9"}\n'), "latin.jsonl", "line 1", "no JSON")
+    assert_refused(given("field.json", b'{"body": "a", "url": 5}\n'), "line 1", "the fields body, url", "--text_field")
+    assert_refused(run("--input", tmp_path / "field.json", "--text_field", "url"), "line 1 has no text in 'url'")
+    assert_refused(given("cut.txt.gz", gzip.compress(b"text " * 1000)[:-20]), "cut.txt.gz cannot be read as text")
+    assert_refused(given("not.txt.gz", b"text"), "not.txt.gz cannot be read as text", "gzip")
+    assert_refused(given("one.txt", b"one document"), "the val split is empty, of 1 documents", "--val_fraction")
     assert not (tmp_path / "out.partial").exists()  # so that the next --val_fraction meets no leftover
     (tmp_path / "nothing").mkdir()
-    refused(run("--input", tmp_path / "nothing"), "nothing holds no .txt, .jsonl, .parquet")
-    refused(given("bad.parquet", b"PAR1 no"), "bad.parquet cannot be read as parquet")
+    assert_refused(run("--input", tmp_path / "nothing"), "nothing holds no .txt, .jsonl, .parquet")
+    assert_refused(given("bad.parquet", b"PAR1 no"), "bad.parquet cannot be read as parquet")
     pq.write_table(pa.table({"body": ["a"], "n": [1]}), tmp_path / "a.parquet")
-    refused(run("--input", tmp_path / "a.parquet"), "a.parquet", "no text in 'text', but the fields body, n")
-    refused(run("--input", tmp_path / "a.parquet", "--text_field", "n"), "no text in 'n'")
+    assert_refused(run("--input", tmp_path / "a.parquet"), "a.parquet", "no text in 'text', but the fields body, n")
+    assert_refused(run("--input", tmp_path / "a.parquet", "--text_field", "n"), "no text in 'n'")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    refused(run("--input", tmp_path / "a.parquet"), "needs pyarrow: pip install -e '.[data]'")
+    assert_refused(run("--input", tmp_path / "a.parquet"), "needs pyarrow: pip install -e '.[data]'")
 
 
 def test_wrong_tokenizers_are_named(run, tmp_path):
     text = write_jsonl(tmp_path / "a.jsonl", sentences(1, 50))
     for spec in ("train:256", "train:many", "train:"):
-        refused(run("--input", text, "--tokenizer", spec), "at least 257")
+        assert_refused(run("--input", text, "--tokenizer", spec), "at least 257")
     (tmp_path / "model").mkdir()
-    refused(run("--input", text, "--tokenizer", tmp_path / "model"), "model has no tokenizer.json")
+    assert_refused(run("--input", text, "--tokenizer", tmp_path / "model"), "model has no tokenizer.json")
     no_end = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
     for content, words in (('{"version": "1.0"', "is not a tokenizer"), (json.dumps(no_end), "no end-of-text token")):
         (tmp_path / "model" / "tokenizer.json").write_text(content)
-        refused(run("--input", text, "--tokenizer", tmp_path / "model"), words)
+        assert_refused(run("--input", text, "--tokenizer", tmp_path / "model"), words)
 
 
 def test_wrong_arguments_are_named(run, tmp_path):
     text = write_jsonl(tmp_path / "a.jsonl", sentences(1, 50))
-    refused(run("--min_scores", 3), "unknown option --min_scores; did you mean --min_score?")
-    refused(run("--input", text, "--dataset_name", "a/b"), "leave out --dataset_name")
-    refused(run("--input", text, "--val_fraction", 1), "val_fraction=1.0: must lie between 0 and 1")
-    refused(run("--input", text, "--max_tokens", 0), "max_tokens=0: must be at least 1")
+    assert_refused(run("--min_scores", 3), "unknown option --min_scores; did you mean --min_score?")
+    assert_refused(run("--input", text, "--dataset_name", "a/b"), "leave out --dataset_name")
+    assert_refused(run("--input", text, "--val_fraction", 1), "val_fraction=1.0: must lie between 0 and 1")
+    assert_refused(run("--input", text, "--max_tokens", 0), "max_tokens=0: must be at least 1")
     (tmp_path / "out").mkdir()
-    refused(run("--input", text), "out exists and is not prepared data", "--out")
+    assert_refused(run("--input", text), "out exists and is not prepared data", "--out")
 
 
 def test_damaged_output_is_not_called_prepared(run, tmp_path):
     text = write_jsonl(tmp_path / "a.jsonl", sentences(1, 50))
     assert run("--input", text, "--val_fraction", 0.3)[0] == 0
     (tmp_path / "out" / "val.bin").write_bytes(b"")
-    refused(run("--input", text, "--val_fraction", 0.3), "val.bin has 0 bytes", "delete")
+    assert_refused(run("--input", text, "--val_fraction", 0.3), "val.bin has 0 bytes", "delete")
 
 
 # --- the Hub ---
@@ -516,9 +518,9 @@ def test_hub_errors_are_one_sentence(hub, tmp_path):
         (["--dataset_name", "acme/two", "--dataset_subset", "test"], "no training files", "'test'"),
     ]
     for result, (_, *words) in zip(hub.several(*(args for args, *_ in expected)), expected, strict=True):
-        refused(result, *words)
-    refused(hub(HF_ENDPOINT="http://127.0.0.1:9"), "HuggingFaceFW/fineweb-edu", "cannot be fetched")
-    refused(hub("--input", local, HF_HUB_OFFLINE="1"), "acme/model", "HF_HUB_OFFLINE")
+        assert_refused(result, *words)
+    assert_refused(hub(HF_ENDPOINT="http://127.0.0.1:9"), "HuggingFaceFW/fineweb-edu", "cannot be fetched")
+    assert_refused(hub("--input", local, HF_HUB_OFFLINE="1"), "acme/model", "HF_HUB_OFFLINE")
 
 
 def test_train_patterns_in_every_form():
