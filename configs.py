@@ -46,7 +46,8 @@ class TrainConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = setting("auto", "auto: the first of cuda, mps, cpu there is")
     threads: int | None = setting(None, "CPU threads; none: all cores")
     compile: bool | None = setting(None, "torch.compile the model's blocks; none: on CUDA only (eager wins on a CPU)")
-    checkpointing: bool = setting(False, "recompute each block in the backward pass instead of keeping its activations")
+    checkpointing: float = setting(0.0, "share of the blocks' activations that the backward pass recomputes instead of "
+                                   "keeping: 0 is fastest, 1 needs least memory")
 
     # ---- Quiet-STaR: what is computed (paper section 4; 'official' is the authors' training script)
     n_ahead: int = setting(8, "K, tokens of a thought, start and end included, so K-2 are sampled; 0: no thoughts, "
@@ -152,6 +153,8 @@ class TrainConfig:
             raise ConfigError(f"seed={self.seed}: must be below 2^63")
         if not 2 <= self.fold_operands <= 8:
             raise ConfigError(f"fold_operands={self.fold_operands}: problems have 2 to 8 operands")
+        if not 0 <= self.checkpointing <= 1:
+            raise ConfigError(f"checkpointing={self.checkpointing}: a share, from 0 to 1")
         if not 0 < self.beta2 < 1:
             raise ConfigError(f"beta2={self.beta2}: must lie between 0 and 1")
         if self.threads is not None and self.threads < 1:
@@ -166,7 +169,7 @@ class Preset:
     purpose: str
 
 
-H200 = dict(data="data/fineweb-edu", n_ahead=8, n_ahead_talk=4, n_passes=4, max_length=1024, checkpointing=True)
+H200 = dict(data="data/fineweb-edu", n_ahead=8, n_ahead_talk=4, n_passes=4, max_length=1024, checkpointing=1.0)
 PRESETS = {
     "tiny": Preset(TrainConfig(
         n_ahead=6, n_ahead_talk=2, n_passes=2, max_length=62, start_init_text="(", end_init_text=")",
@@ -302,6 +305,7 @@ class SampleConfig:
     n_ahead: int | None = setting(None, "tokens of a thought, start and end included; none: as trained")
     no_thoughts: bool = setting(False, "the base model alone")
     show_thoughts: bool = setting(False, "print each token's thought before it")
+    compile: bool = setting(False, "on a GPU: compile first, for a minute or more the first time, then write faster")
     device: Literal["auto", "cuda", "mps", "cpu"] = setting("auto", "auto: the first of cuda, mps, cpu there is")
 
     def __post_init__(self):

@@ -8,7 +8,7 @@ import torch
 from configs import ConfigError, SampleConfig, help_text, parse_options
 from nanoqstar import InputError, hf
 from nanoqstar.quietstar import QuietStar
-from nanoqstar.runtime import pick_device
+from nanoqstar.runtime import pick_device, speed_up_decoding
 from nanoqstar.sampling import generate
 
 OFFICIAL_N_AHEAD = 7  # of the published 8-ahead checkpoint, whose n_ahead counts the base step as well
@@ -76,6 +76,8 @@ def main(args):
         cfg = SampleConfig(**parse_options(SampleConfig, args))
         device = pick_device(cfg.device)
         model, tokenizer, n_ahead = load(cfg, device)
+        if cfg.compile:
+            speed_up_decoding(model, device)
         generator = torch.Generator(device).manual_seed(cfg.seed)
         if cfg.prompt is not None:
             write(model, tokenizer, n_ahead, cfg, cfg.prompt, generator)

@@ -402,7 +402,7 @@ def main(args):
         sys.exit(130)
     except torch.OutOfMemoryError:
         print("error: the GPU's memory is used up: lower batch_size (raise grad_accum), n_passes or max_length, or set "
-              "--checkpointing", file=sys.stderr)
+              "--checkpointing 1", file=sys.stderr)
         sys.exit(2)
 
 

@@ -14,6 +14,7 @@ Configs: a preset of configs.py, or one of the two CPU shapes `cpu` (vocabulary 
 """
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -29,17 +30,19 @@ from pathlib import Path
 
 import torch
 
+from nanoqstar import InputError
+from nanoqstar.attention import flex_for_shape
 from nanoqstar.objective import Valid, quiet_star_loss
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 from nanoqstar.quietstar import QuietStar
-from nanoqstar.runtime import autocast, speed_up
+from nanoqstar.runtime import autocast, pick_device, speed_up, speed_up_decoding
 from nanoqstar.sampling import generate
 from nanoqstar.thoughts import ThoughtLayout
 
 STAGED = Path(__file__).parents[1] / "tests" / "staged.py"
 COPIES = 4  # of the standard library's modules, as the text that prepare.py is timed on
-REPEATS = 3  # steps timed in each worker process, after two of warm-up
-ROUNDS = 3  # worker processes of each implementation
+REPEATS = 3  # steps timed in a run, after two of warm-up
+ROUNDS = 3  # runs of each implementation
 PREPARE = Path(__file__).parents[1] / "data" / "prepare.py"
 
 
@@ -53,7 +56,7 @@ class Shape:
     n_ahead_talk: int
     n_passes: int
     n_positions: int
-    checkpointing: bool = False
+    checkpointing: float = 0.0
 
     @property
     def layout(self):
@@ -225,25 +228,37 @@ def resident_bytes():  # Linux
 
 
 def worker(which, shape, device, compile, repeats):
-    """One implementation by itself: {times: of each step}, or (repeats 0) {resident, peak}: bytes before the first step
-    and above them during one of sampling, forward and backward, without an optimizer on either side."""
+    """One implementation by itself: {times} of each step, {resident, peak}: bytes before steps and above them in one.
+
+    A GPU tells both at once; on a CPU repeats 0 asks for the memory, of the first step and without an optimizer.
+    """
     step = {"ours": our_step, "staged": staged_step}[which](shape, device, compile, repeats > 0)
-    if repeats:
-        step(), step()  # warm-up
-        return {"times": [step() for _ in range(repeats)]}
     if device.type == "cuda":
-        step(), step()
-        before = torch.cuda.memory_allocated()
+        step(), step()  # warm-up
+        resident = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step()
-        return {"resident": before, "peak": torch.cuda.max_memory_allocated() - before}
+        times = [step() for _ in range(repeats)]
+        return {"times": times, "resident": resident, "peak": torch.cuda.max_memory_allocated() - resident}
+    if repeats:
+        step(), step()
+        return {"times": [step() for _ in range(repeats)]}
     before = resident_bytes()
     step()
     return {"resident": before, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
 
 
-def in_process(which, shape, args, repeats):
-    """`worker` in a fresh process: its result, or {failed: why}."""
+def run_worker(which, shape, args, repeats):
+    """`worker`'s result, or {failed: why}: on a CPU in a fresh process, whose peak memory is its own."""
+    if args.device == "cuda":
+        try:
+            return worker(which, shape, torch.device("cuda"), args.compile or None, repeats)
+        except RuntimeError as error:  # for want of memory, as a rule: the other figures are still worth having
+            return {"failed": str(error).strip().splitlines()[0]}
+        finally:
+            flex_for_shape.cache_clear()
+            torch._dynamo.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     if not repeats:
         env["MALLOC_MMAP_THRESHOLD_"] = "100000"  # freed blocks go back at once, for a peak that repeats
@@ -255,86 +270,92 @@ def in_process(which, shape, args, repeats):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def measure(shape, args, names):
+    """{name: {times, resident, peak} or {failed}}; on a CPU in turns: a change of the machine's speed meets all."""
+    if args.device == "cuda":
+        return {name: run_worker(name, shape, args, ROUNDS * REPEATS) for name in names}
+    results = {name: {"times": []} | run_worker(name, shape, args, 0) for name in names}
+    for _ in range(ROUNDS):
+        for name, result in results.items():
+            if "failed" not in result:
+                run = run_worker(name, shape, args, REPEATS)
+                result["times"] += run.pop("times", [])
+                result |= run
+    return results
+
+
 def bench_train(shape, args, rate):
     """The step itself, and beside the staged implementation at the largest T at which both fit."""
-    staged_peak = in_process("staged", shape, args, 0) if STAGED.exists() else {"failed": "not here"}
-    names = ["ours"] if "failed" in staged_peak else ["ours", "staged"]
-    times, peak = in_turns(shape, args, names), in_process("ours", shape, args, 0)
-    if failed := times["ours"].get("failed") or peak.get("failed"):
+    results = measure(shape, args, ["ours", "staged"] if STAGED.exists() else ["ours"])
+    if failed := results["ours"].get("failed"):
         print(f"the step failed: {failed}")
         return {"failed": failed}
-    steps = [t for run in times["ours"]["runs"] for t in run]
+    times, peak = (results["ours"][k] for k in ("times", "peak"))
     phases = ("sampling", "forward", "backward", "optimizer")
-    parts = {name: spread([t[i] for t in steps]) for i, name in enumerate(phases)}
-    step, (sampling, learning) = spread([sum(t) for t in steps]), flops(shape)
+    parts = {name: spread([t[i] for t in times]) for i, name in enumerate(phases)}
+    step, (sampling, learning) = spread([sum(t) for t in times]), flops(shape)
     work = sampling + learning
-    mfu = spread([work / sum(t) / rate["median"] for t in steps])
+    mfu = spread([work / sum(t) / rate["median"] for t in times])
     result = {"parts": parts, "step": step, "flops": work, "mfu": mfu, "floor_seconds": work / rate["median"],
-              "tokens_per_second": shape.batch * shape.n_positions / step["median"], "peak_bytes": peak["peak"]}
+              "tokens_per_second": shape.batch * shape.n_positions / step["median"], "peak_bytes": peak}
     print(f"step {shown(step)} s: " + ", ".join(f"{name} {shown(part)}" for name, part in parts.items()))
     print(f"{result['tokens_per_second']:.0f} text tokens/s; {work / 1e9:.1f} useful GFLOP "
           f"({sampling / 1e9:.1f} sampling), floor {result['floor_seconds']:.2f} s at the "
           f"measured {shown(rate, '{:.3g}')} FLOP/s: MFU {shown(mfu, '{:.0%}')}")
-    print(f"peak memory {peak['peak'] / 1e6:.0f} MB above the {peak['resident'] / 1e6:.0f} MB resident before the step")
+    print(f"peak memory {peak / 1e6:.0f} MB above the {results['ours']['resident'] / 1e6:.0f} MB resident before the "
+          "step")
     if not STAGED.exists():
         print("the staged implementation is in tests/staged.py: this comparison needs a clone")
         return result
-    while "failed" in staged_peak and shape.n_positions > 16:
+    while "failed" in results["staged"] and shape.n_positions > 16:
         shape = replace(shape, n_positions=shape.n_positions // 2)
         print(f"the staged implementation does not fit: trying T = {shape.n_positions}")
-        staged_peak = in_process("staged", shape, args, 0)
-    if "staged" not in times:
-        peak, times = in_process("ours", shape, args, 0), in_turns(shape, args, ["ours", "staged"])
-    if failed := next((r["failed"] for r in (peak, staged_peak, *times.values()) if "failed" in r), None):
+        results = measure(shape, args, ["staged"])
+    if "ours" not in results:
+        results |= measure(shape, args, ["ours"])
+    if failed := next((r["failed"] for r in results.values() if "failed" in r), None):
         print(f"no comparison: {failed}")
         return result
-    pairs = zip(times["ours"]["runs"], times["staged"]["runs"], strict=True)
-    ratio = spread([statistics.median(map(sum, staged)) / statistics.median(sum(t[:3]) for t in ours)
-                    for ours, staged in pairs])
-    result |= {"compared_at": shape.n_positions, "speedup": ratio, "memory_ratio": staged_peak["peak"] / peak["peak"],
-               "staged": spread([sum(t) for run in times["staged"]["runs"] for t in run]),
-               "staged_peak_bytes": staged_peak["peak"]}
+    ours, staged = results["ours"], results["staged"]
+    ratio = spread([sum(b) / sum(a[:3]) for a, b in zip(ours["times"], staged["times"], strict=True)])
+    result |= {"compared_at": shape.n_positions, "speedup": ratio, "memory_ratio": staged["peak"] / ours["peak"],
+               "staged": spread([sum(t) for t in staged["times"]]), "staged_peak_bytes": staged["peak"]}
     print(f"staged implementation, T = {shape.n_positions}: {shown(result['staged'])} s, "
-          f"{staged_peak['peak'] / 1e6:.0f} MB; ours (sampling, forward, backward) is {shown(ratio)} times as fast, "
+          f"{staged['peak'] / 1e6:.0f} MB; ours (sampling, forward, backward) is {shown(ratio)} times as fast, "
           f"with {result['memory_ratio']:.2f} times less memory")
     return result
 
 
-def in_turns(shape, args, names):
-    """Times of each implementation, fresh processes in turns, so that a change of the machine's speed meets all."""
-    results = {name: {"runs": []} for name in names}
-    for _ in range(ROUNDS):
-        for name in names:
-            run = in_process(name, shape, args, REPEATS)
-            if "failed" in run:
-                results[name]["failed"] = run["failed"]
-            else:
-                results[name]["runs"].append(run["times"])
-    return results
-
-
-def largest_batch(shape, args):
-    """The most windows that one forward and backward holds, by doubling (GPU)."""
-    fits = 0
-    for batch in (1, 2, 4, 8, 16):
-        if "failed" in in_process("ours", replace(shape, batch=batch), args, 0):
-            break
-        fits = batch
-    print(f"largest micro-batch (by doubling): {fits} windows")
-    return fits
+def bench_variants(shape, args, rate):
+    """What else a GPU's memory holds: less recomputation, 4 windows, and 8 windows with 2 passes."""
+    total, result = torch.cuda.get_device_properties(0).total_memory, {}
+    for changes in ({"checkpointing": 0.5}, {"batch": 4}, {"n_passes": 2, "batch": 8}):
+        variant, what = replace(shape, **changes), ", ".join(f"{k} {v}" for k, v in changes.items())
+        run = run_worker("ours", variant, args, REPEATS)
+        if "failed" not in run:
+            step = spread([sum(t) for t in run["times"]])
+            run = {"step": step, "mfu": sum(flops(variant)) / step["median"] / rate["median"],
+                   "bytes": run["resident"] + run["peak"]}
+        result[what] = run
+        print(f"{what:24}" + (run.get("failed") or f"{shown(run['step'])} s, MFU {run['mfu']:.0%}, "
+                              f"{run['bytes'] / 2**30:.1f} of {total / 2**30:.1f} GiB"))
+    return result
 
 
 def bench_scaling(shape, args):
     """Seconds a step against one size at a time."""
-    result, sizes = {}, {"n_ahead": (3, 7, 11), "n_passes": (1, 2, 4), "n_positions": (64, 128, 256)}
+    print("seconds a step against one size at a time")
+    result, runs, sizes = {}, {}, {"n_ahead": (3, 7, 11), "n_passes": (1, 2, 4), "n_positions": (64, 128, 256)}
     if args.device == "cuda":
-        sizes["n_positions"] = (256, 512, 1024)
+        sizes = {"n_ahead": (4, 8, 12), "n_passes": (1, 2, 4), "n_positions": (256, 512, 1024)}
     for name, values in sizes.items():
         result[name] = {}
         for value in values:
-            run = in_process("ours", replace(shape, **{name: value}), args, REPEATS)
-            if "times" in run:
-                result[name][value] = spread([sum(t) for t in run["times"]])
+            one = replace(shape, **{name: value})
+            if one not in runs:
+                runs[one] = run_worker("ours", one, args, REPEATS)
+            if "times" in runs[one]:
+                result[name][value] = spread([sum(t) for t in runs[one]["times"]])
         print(f"{name:12}" + "   ".join(f"{value}: {shown(s)} s" for value, s in result[name].items()))
     return result
 
@@ -347,6 +368,7 @@ def bench_sample(shape, device):
     model = make_model(shape, device)
     if device.type == "cuda":
         model.lm.to(torch.bfloat16)
+        speed_up_decoding(model, device)
     weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embed_tokens" not in n)
     if shape.model.tie_word_embeddings:
         weights += model.lm.head_weight.numel() * model.lm.head_weight.element_size()
@@ -444,8 +466,9 @@ def main(argv):
     parser.add_argument("--json", help="write every figure to this file")
     parser.add_argument("--job", help=argparse.SUPPRESS)  # of a worker process
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    try:
+        device = pick_device(args.device)
+    except InputError:
         parser.error("there is no CUDA GPU here: use --device cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -457,27 +480,30 @@ def main(argv):
     names = [args.config] if args.config else ["cpu", "cpu_vocab"] if device.type == "cpu" else ["qwen2_5_3b"]
     changes = {"batch": args.batch_size} if args.batch_size else {}
     shapes = {name: replace(shape_of(name), **changes) for name in names}
-    results = {"hardware": hardware(device)}
+    start, results = time.perf_counter(), {"hardware": hardware(device)}
     print(results["hardware"])
+
+    def section(name, function, *arguments):
+        print(f"\n{name}", flush=True)
+        results[name] = function(*arguments)
+        results["seconds"] = round(time.perf_counter() - start)
+        print(f"[{results['seconds']} s so far]", flush=True)
+        if args.json:  # what is measured is kept, whatever comes after
+            Path(args.json).write_text(json.dumps(results, indent=1))
+
     if args.what in ("train", "all"):
         results["matrix_rate"] = rate = matrix_rate(device)
         for name, shape in shapes.items():
-            print(f"\ntrain {name}")
-            results[f"train {name}"] = bench_train(shape, args, rate)
+            section(f"train {name}", bench_train, shape, args, rate)
             if device.type == "cuda":
-                results[f"largest batch {name}"] = largest_batch(shape, args)
-        if not args.no_scaling:
-            print(f"\nseconds a step against one size at a time, {names[0]} otherwise")
-            results["scaling"] = bench_scaling(shapes[names[0]], args)
+                section(f"variants of {name}", bench_variants, shape, args, rate)
     if args.what in ("sample", "all"):
         for name, shape in shapes.items():
-            print(f"\nsample {name}")
-            results[f"sample {name}"] = bench_sample(shape, device)
+            section(f"sample {name}", bench_sample, shape, device)
+    if args.what in ("train", "all") and not args.no_scaling:
+        section(f"scaling of {names[0]}", bench_scaling, shapes[names[0]], args)
     if args.what in ("prepare", "all"):
-        print("\nprepare")
-        results["prepare"] = bench_prepare()
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1))
+        section("prepare", bench_prepare)
 
 
 if __name__ == "__main__":

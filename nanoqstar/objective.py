@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from nanoqstar.attention import can_compile
+
 CHUNK_LOGITS = {"cuda": 2**28, "cpu": 2**22}  # logits held at once: large products on a GPU, the cache on a CPU
 
 
@@ -36,6 +38,25 @@ def row_chunks(n_rows, vocab, device):
     return [slice(start, start + size) for start in range(0, n_rows, size)]
 
 
+def log_prob_chunk(hidden, weight, target, row_weight, temperature, banned, needs_grad):
+    """Log-probs (N,) of target (N, 1), and the gradient of row_weight (N, 1) times them in the logits, (N, V) or None.
+
+    hidden (N, D) and weight (V, D) of one dtype, which is the gradient's.
+    """
+    logits = fp32_logits(hidden, weight, banned, temperature)
+    lse = logits.logsumexp(-1, keepdim=True)
+    log_prob, grad = logits.gather(-1, target) - lse, None
+    if needs_grad:
+        scale = row_weight / temperature
+        grad = logits.sub_(lse).exp_().mul_(-scale).to(weight.dtype)
+        grad.scatter_(-1, target, (-scale * log_prob.expm1()).to(weight.dtype))  # 1 - p, exact where p is almost 1
+    return log_prob[:, 0], grad
+
+
+# two passes over a chunk of logits on a GPU, where eager operations make eleven
+compiled_chunk = torch.compile(log_prob_chunk)
+
+
 class _WeightedLogProbs(torch.autograd.Function):
     """Computes the gradient along with the value, so that each chunk of logits exists once and is never recomputed."""
 
@@ -47,21 +68,18 @@ class _WeightedLogProbs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         row_weights, compute = row_weights.to(dtype), weight.to(compute_dtype(weight))
-        for rows in row_chunks(len(hidden), len(weight), hidden.device):
-            h, target = hidden[rows].to(compute.dtype), targets[rows, None]
-            logits = fp32_logits(h, compute, banned, temperature)
-            lse = logits.logsumexp(-1, keepdim=True)
-            log_probs[rows] = (logits.gather(-1, target) - lse)[:, 0]
-            if needs_hidden or needs_weight:
-                scale = row_weights[rows, None] / temperature
-                grad = logits.sub_(lse).exp_().mul_(-scale).scatter_add_(-1, target, scale).to(compute.dtype)
-                with torch.autocast(hidden.device.type, enabled=False):
-                    if needs_hidden:
-                        grad_hidden[rows] = (grad @ compute).to(hidden.dtype)
-                    if needs_weight and grad.dtype == grad_weight.dtype:
-                        grad_weight.addmm_(grad.T, h)
-                    elif needs_weight:
-                        grad_weight += torch.mm(grad.T, h, **({"out_dtype": torch.float32} if h.is_cuda else {}))
+        chunk = compiled_chunk if hidden.is_cuda and can_compile(hidden.device) else log_prob_chunk
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in row_chunks(len(hidden), len(weight), hidden.device):
+                h = hidden[rows].to(compute.dtype)
+                log_probs[rows], grad = chunk(h, compute, targets[rows, None], row_weights[rows, None], temperature,
+                                              banned, needs_hidden or needs_weight)
+                if needs_hidden:
+                    grad_hidden[rows] = (grad @ compute).to(hidden.dtype)
+                if needs_weight and grad.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(grad.T, h)
+                elif needs_weight:
+                    grad_weight += torch.mm(grad.T, h, **({"out_dtype": torch.float32} if h.is_cuda else {}))
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(log_probs)
         return (row_weights * log_probs).sum(), log_probs

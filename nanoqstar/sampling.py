@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from nanoqstar.attention import dense
+from nanoqstar.attention import dense, few_queries
 from nanoqstar.objective import compute_dtype, fp32_logits, sample_tokens
 from nanoqstar.qwen2 import KVCache
+
+SLOTS = 256  # a cache's length is a multiple of it, so that blocks compiled for one prompt serve others
 
 
 @dataclass
@@ -52,6 +54,7 @@ def generate(model, prompts, max_new_tokens, n_ahead, temperature=1.0, top_k=Non
     pads = torch.tensor([longest - len(p) for p in prompts], device=device)
     text = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     n_slots = n_ahead + longest + max_new_tokens  # a thought's slots come first, and the next thought overwrites them
+    n_slots += -n_slots % SLOTS
     cache = KVCache(model.lm.config, batch, n_slots, device, compute_dtype(head))
     slot = torch.arange(n_slots, device=device)
     is_text = (slot >= n_ahead + pads[:, None])[:, None, None]  # (B, 1, 1, n_slots)
@@ -62,7 +65,8 @@ def generate(model, prompts, max_new_tokens, n_ahead, temperature=1.0, top_k=Non
         mask = torch.where(query < n_ahead, is_text & (slot <= last_text) | (slot <= query), is_text & (slot <= query))
         mask = mask | (slot == query)  # padding sees itself
         used = int(last_text) + 1 if device.type == "cpu" else n_slots  # a GPU prefers one shape
-        return model.lm(x, positions, lambda q, k, v: dense(mask[..., :used])(q, k[:, :, :used], v[:, :, :used]), cache)
+        form = few_queries if len(slots) <= 2 else dense
+        return model.lm(x, positions, lambda q, k, v: form(mask[..., :used])(q, k[:, :, :used], v[:, :, :used]), cache)
 
     def step(newest, n, u):
         """The next token's logits, from the newest token (B,), which is number n (), by way of a thought (B, S)."""
@@ -88,7 +92,8 @@ def generate(model, prompts, max_new_tokens, n_ahead, temperature=1.0, top_k=Non
 
     if longest > 1:
         index = torch.arange(longest - 1, device=device)
-        forward(text[:, :-1], index + n_ahead, (index - pads[:, None]).clamp(min=0), index[-1:] + n_ahead)
+        with torch.compiler.set_stance("force_eager"):  # blocks are compiled for the steps, not for a prompt's length
+            forward(text[:, :-1], index + n_ahead, (index - pads[:, None]).clamp(min=0), index[-1:] + n_ahead)
     newest, run = text[:, -1], step
     for n in range(longest - 1, longest - 1 + max_new_tokens):
         u = torch.rand(batch, max(0, n_ahead - 2), generator=generator, device=device)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from nanoqstar import attention
-from nanoqstar.attention import Flex, TwoPart, dense, packed_attention, query_rows, text_mask, tile_table
+from nanoqstar.attention import Flex, TwoPart, dense, few_queries, packed_attention, query_rows, text_mask, tile_table
 from nanoqstar.thoughts import Packing, dense_mask
 
 CHUNK = attention.POSITIONS_PER_CHUNK
@@ -69,6 +69,15 @@ def test_two_part_keeps_the_dtype():
     for dtype in (torch.float32, torch.bfloat16):
         qkv = random_qkv(PACKINGS[1], None, dtype=dtype)
         assert TwoPart(PACKINGS[1], random_docs(PACKINGS[1]))(*qkv).dtype == dtype
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_few_queries_is_dense(n):
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, length, 8, generator=gen, dtype=torch.float64, requires_grad=True)
+               for heads, length in ((6, n), (2, 9), (2, 9)))
+    mask = (torch.rand(3, 1, n, 9, generator=gen) < 0.5) | (torch.arange(9) == 4)
+    assert_same(few_queries(mask)(q, k, v), dense(mask)(q, k, v), (q, k, v), 1e-13)
 
 
 def test_the_cpu_gets_two_parts():

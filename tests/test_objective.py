@@ -172,6 +172,32 @@ def test_logits_of_the_whole_sequence_never_exist(monkeypatch, make_model, make_
     assert recorder.peak - gradients < 4 * packed_logits * (0.25 if chunk else 1)
 
 
+def test_compiled_chunks_are_the_same_and_compiled_once(monkeypatch):
+    """As a GPU runs them, whose numbers of rows change with every update: the chunk, any other number, other settings."""
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(objective, "CHUNK_LOGITS", {"cpu": 10 * 31})
+    monkeypatch.setattr(objective, "can_compile", lambda device: True)
+    eager, generator = objective.log_prob_chunk, torch.Generator().manual_seed(0)
+    compiled = torch.compile(eager, backend="aot_eager")
+    banned = torch.arange(31) == 5
+    for n_rows, temperature, ids in ((25, 1.0, None), (7, 3.0, banned), (12, 3.0, banned), (38, 1.0, None),
+                                     (9, 3.0, banned), (23, 1.0, None)):
+        values = []
+        for chunk in (eager, compiled):
+            monkeypatch.setattr(objective, "log_prob_chunk", chunk)
+            generator.manual_seed(n_rows)
+            hidden, head, weights = (torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+                                     for shape in ((n_rows, 4), (31, 4), (n_rows,)))
+            targets = torch.randint(6, 31, (n_rows,), generator=generator)
+            total, log_probs = weighted_log_probs(hidden, head, targets, weights.detach(), temperature, ids)
+            values.append([total, log_probs, *torch.autograd.grad(total, (hidden, head))])
+        for a, b in zip(*values, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+    assert counters["stats"]["unique_graphs"] <= 4
+
+
 # ---- which positions count ------------------------------------------------------------------------------------------
 
 def test_valid_by_hand():

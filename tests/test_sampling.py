@@ -80,6 +80,23 @@ def test_prompts_together_are_prompts_alone(make_model, likeliest, n_ahead):
             torch.testing.assert_close(ours.logits[row], alone.logits[0], rtol=0, atol=1e-11)
 
 
+def test_compiled_steps_are_not_compiled_again(make_model, likeliest):
+    """One graph for the forwards of one token and one for those of two, whatever the prompt; the same text and logits."""
+    counters, model = torch._dynamo.utils.counters, make_model(num_hidden_layers=3)
+    plain = list(generate(model, PROMPTS[:1], 5, 5))
+    torch._dynamo.reset()
+    counters.clear()
+    for block in model.lm.model.layers:
+        block.compile(dynamic=False, backend="eager")
+    list(generate(model, [[1, 2]], 3, 5))  # on a CPU a context's length is a shape of its own; not so on a GPU
+    warm = counters["stats"]["unique_graphs"]
+    compiled = list(generate(model, PROMPTS[:1], 5, 5))
+    assert 2 <= warm <= 2 * 3
+    for a, b in zip(compiled, plain, strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+        torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("n_ahead", [0, 4])
 def test_top_k_of_one_is_greedy(make_model, monkeypatch, n_ahead):
     """The same tokens as temperature 0 given the same thoughts, whatever the temperature."""

@@ -210,20 +210,46 @@ def test_compiled_blocks_are_not_compiled_again_after_warm_up(tmp_path):
     assert 0 < warm <= 6 and counters["stats"]["unique_graphs"] == warm  # of the shapes, whatever the number of layers
 
 
-def test_checkpointed_blocks_give_the_same_update(tmp_path):
+class Kept:
+    """Bytes that autograd keeps for the backward pass, parameters aside."""
+
+    def __init__(self, model):
+        self.seen, self.ours = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def __call__(self, x):
+        if x.untyped_storage().data_ptr() not in self.ours:
+            self.seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_checkpointing_keeps_less_and_changes_nothing(tmp_path, monkeypatch, compiled):
+    """A share of the blocks' activations is recomputed; the more, the less is kept, and the update is the same."""
     from nanoqstar.runtime import speed_up
-    results = []
-    for checkpointing in (False, True):
-        model, optimizer, data, cfg = setup(tmp_path)
-        speed_up(model, torch.device("cpu"), checkpointing)
-        update(model, optimizer, data, 0, cfg, model.rollout)
+    module_compile, results, kept = torch.nn.Module.compile, [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **settings: module_compile(
+        block, backend="aot_eager_decomp_partition", **settings))  # inductor's choice of what to keep, without its code
+    for checkpointing in (0.0, 0.5, 1.0):
+        torch._dynamo.reset()
+        model, optimizer, data, cfg = setup(tmp_path, n_layers=2)
+        with torch._functorch.config.patch(activation_memory_budget=1.0):  # put back afterwards
+            speed_up(model, torch.device("cpu"), checkpointing, compile=compiled)
+            (text, docs, u), = script.load_batches(data, 0, cfg)[0]
+            pack = Kept(model)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                states = model.score(text, docs, (u * 7).long())
+            kept.append(sum(pack.seen.values()))
+            del states
+            update(model, optimizer, data, 0, cfg, model.rollout)
         results.append({n.replace("_checkpoint_wrapped_module.", ""): p.detach() for n, p in model.named_parameters()})
-    assert results[0].keys() == results[1].keys()
-    assert all(torch.allclose(results[0][n], p, atol=1e-6) for n, p in results[1].items())
+    assert kept[0] > 1.2 * kept[1] > 1.2**2 * kept[2]
+    for result in results[1:]:
+        assert results[0].keys() == result.keys()
+        assert all(torch.allclose(results[0][n], p, atol=1e-6) for n, p in result.items())
 
 
 def test_a_checkpointed_model_is_saved_under_its_own_names(tmp_path):
-    out = script.run("x", small(checkpointing=True, out_dir=str(tmp_path / "out")))
+    out = script.run("x", small(checkpointing=1.0, out_dir=str(tmp_path / "out")))
     _, thoughts, _ = hf.load(out)
     assert set(thoughts) == {"start_embedding", "end_embedding", *(f"mixing_head.{n}" for n in (
         "0.weight", "0.bias", "2.weight", "2.bias", "4.weight"))}
