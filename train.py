@@ -254,6 +254,9 @@ def build_model(cfg, tokenizer_path, device):
         if hf.load_tokenizer(folder).to_str() != tokenizer.to_str():
             raise InputError(f"{tokenizer_path} is not the tokenizer of {cfg.model_path}: prepare the data again with "
                              f"--tokenizer {cfg.model_path}")
+    if device.type == "cuda" and lm.config.head_dim < 16:
+        raise InputError(f"heads of {lm.config.head_dim} numbers: attention on a GPU needs 16 or more; lower n_heads, "
+                         "or raise hidden_size")
     hf.check_context(lm.config, cfg.max_length + cfg.n_ahead_talk + cfg.n_ahead)
     model = QuietStar(lm, cfg.thought_temperature, hf.unknown_ids(tokenizer, lm.config.vocab_size)).to(device)
     return model, thoughts, tokenizer

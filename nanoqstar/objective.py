@@ -53,8 +53,8 @@ def log_prob_chunk(hidden, weight, target, row_weight, temperature, banned, need
     return log_prob[:, 0], grad
 
 
-# two passes over a chunk of logits on a GPU, where eager operations make eleven
-compiled_chunk = torch.compile(log_prob_chunk)
+torch._dynamo.config.specialize_float = True  # a temperature is a setting: a graph for each, no scalars on the CPU
+compiled_chunk = torch.compile(log_prob_chunk)  # on a GPU: two passes over the logits, not eleven
 
 
 class _WeightedLogProbs(torch.autograd.Function):

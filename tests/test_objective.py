@@ -173,7 +173,7 @@ def test_logits_of_the_whole_sequence_never_exist(monkeypatch, make_model, make_
 
 
 def test_compiled_chunks_are_the_same_and_compiled_once(monkeypatch):
-    """As a GPU runs them, whose numbers of rows change with every update: the chunk, any other number, other settings."""
+    """As a GPU runs them, where the number of rows changes with every update."""
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()

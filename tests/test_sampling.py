@@ -81,7 +81,7 @@ def test_prompts_together_are_prompts_alone(make_model, likeliest, n_ahead):
 
 
 def test_compiled_steps_are_not_compiled_again(make_model, likeliest):
-    """One graph for the forwards of one token and one for those of two, whatever the prompt; the same text and logits."""
+    """A graph for the forwards of one token, one for those of two, whatever the prompt; the same text and logits."""
     counters, model = torch._dynamo.utils.counters, make_model(num_hidden_layers=3)
     plain = list(generate(model, PROMPTS[:1], 5, 5))
     torch._dynamo.reset()
