@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from nanoqstar.attention import can_compile
 
-CHUNK_LOGITS = {"cuda": 2**28, "cpu": 2**22}  # logits held at once: large products on a GPU, the cache on a CPU
+CHUNK_LOGITS = {"cuda": 2**28, "cpu": 6_000_000}  # held at once: large products on a GPU, about the cache on a CPU
 
 
 def fp32_logits(hidden, weight, banned=None, temperature=1.0):
@@ -44,11 +44,13 @@ def log_prob_chunk(hidden, weight, target, row_weight, temperature, banned, need
     hidden (N, D) and weight (V, D) of one dtype, which is the gradient's.
     """
     logits = fp32_logits(hidden, weight, banned, temperature)
-    lse = logits.logsumexp(-1, keepdim=True)
-    log_prob, grad = logits.gather(-1, target) - lse, None
+    top, grad = logits.amax(-1, keepdim=True), None
+    log_prob = logits.gather(-1, target) - top
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    log_prob -= total.log()
     if needs_grad:
         scale = row_weight / temperature
-        grad = logits.sub_(lse).exp_().mul_(-scale).to(weight.dtype)
+        grad = logits.mul_(-scale / total).to(weight.dtype)
         grad.scatter_(-1, target, (-scale * log_prob.expm1()).to(weight.dtype))  # 1 - p, exact where p is almost 1
     return log_prob[:, 0], grad
 

@@ -149,10 +149,10 @@ def test_the_recorder_sees_what_it_should():
 
 @pytest.mark.parametrize("chunk", [None, 2**18], ids=["default chunks", "small chunks"])
 def test_logits_of_the_whole_sequence_never_exist(monkeypatch, make_model, make_text, chunk):
-    """Vocabulary 20,000, width 8: sampling, scoring, loss and backward, by what torch allocates."""
+    """Vocabulary 30,000, width 8: sampling, scoring, loss and backward, by what torch allocates."""
     if chunk:
         monkeypatch.setattr(objective, "CHUNK_LOGITS", {"cpu": chunk})
-    vocab, batch, n_talk = 20_000, 2, 2
+    vocab, batch, n_talk = 30_000, 2, 2
     shape = dict(vocab_size=vocab, hidden_size=8, intermediate_size=16, head_dim=4, num_attention_heads=2,
                  num_key_value_heads=1, num_hidden_layers=1)
     model = make_model(**shape).float()
