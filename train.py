@@ -48,6 +48,17 @@ def load_batches(data, step, cfg, pin=False):
     return batches, counts
 
 
+def prefetched(data, cfg, pin):
+    """Every update's `load_batches`, each read while the update before it computes."""
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(load_batches, data, 0, cfg, pin)
+        for step in range(cfg.max_steps):
+            now = upcoming.result()
+            if step + 1 < cfg.max_steps:
+                upcoming = reader.submit(load_batches, data, step + 1, cfg, pin)
+            yield now
+
+
 def train_step(model, optimizer, batches, counts, step, cfg, sampler):
     """One optimizer update; everything random is a function of (seed, step, global sample index).
 
@@ -146,14 +157,10 @@ def train(model, splits, cfg, log, tokenizer, phase, thinks=True):
     bar = tqdm(range(cfg.max_steps), desc=phase, unit="step", disable=None, dynamic_ncols=True)
     skipped = in_a_row = 0
     clock, clock_step = time.perf_counter(), 0
-    reader, pin = ThreadPoolExecutor(1), model.lm.head_weight.is_cuda
-    upcoming = reader.submit(load_batches, splits["train"], 0, cfg, pin)
-    for step in bar:
+    for step, (batches, counts) in zip(bar, prefetched(splits["train"], cfg, model.lm.head_weight.is_cuda)):
         if phase != "pretrain" and step % cfg.eval_every == 0:
             evaluate(model, splits["val"], cfg, log, tokenizer, sampler, step)
             clock, clock_step = time.perf_counter(), step
-        batches, counts = upcoming.result()
-        upcoming = reader.submit(load_batches, splits["train"], step + 1, cfg, pin)  # while this update computes
         totals, grad_norm, finite = train_step(model, optimizer, batches, counts, step, cfg, sampler)
         in_a_row = 0 if finite else in_a_row + 1
         skipped += in_a_row > 0
