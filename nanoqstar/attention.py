@@ -22,8 +22,15 @@ POSITIONS_PER_CHUNK = 16  # of TwoPart: a chunk's scores stay in cache, its text
 def dense(mask):
     """Attention under a boolean mask (B or 1, 1, N, M), True = visible; None: causal over equal q and k lengths."""
     def attend(q, k, v):
+        if q.is_cuda:  # where no fast kernel takes both a mask and grouped keys
+            k, v = repeat_heads(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
     return attend
+
+
+def repeat_heads(q, *grouped):
+    """Keys and values (B, G, M, d) repeated for each query head of their group."""
+    return [x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in grouped]
 
 
 def few_queries(mask):
@@ -101,36 +108,46 @@ class TwoPart:
 class Flex:
     """flex_attention over tiles: the text up to a tile's last position, and the tiles its groups lie in (CUDA).
 
-    The tile table depends on the packing alone and documents are a tensor that the mask looks up, so one instance,
-    built once and compiled once, serves every batch of its shape.  Lengths are padded to whole tiles: a padded query
-    sees the first text token, a padded key is seen by none.
+    A query's visible keys are two ranges and its root, so the mask inside a tile looks nothing up by key.  The tile
+    table depends on the packing alone and documents are a tensor that the mask reads, so one instance, built once and
+    compiled once, serves every batch of its shape.  Lengths are padded to whole tiles: a padded query sees the first
+    text token, a padded key is seen by none.
     """
 
     TILE = 128
 
     def __init__(self, packing, batch, place, device):
         described, rows = packing.describe(), packing.rows(place)
-        self.n_queries = len(rows)
-        self.documents = torch.zeros(batch, packing.n_text, dtype=torch.int32, device=device)
-        pads = [-len(x) % self.TILE for x in (rows, described[2])]
+        position, _, places = described
+        index = torch.arange(packing.n_packed)
+        root = torch.where(places < 0, index, packing.n_text + position * packing.n_group)  # a text token is its own
+        ranges = (position, index - (places - 1).clamp(min=0), index, root)  # text up to; own branch from, to; root
+        self.n_queries, self.starts = len(rows), torch.zeros(batch, packing.n_text, dtype=torch.int32, device=device)
+        self.pads = pads = [-len(x) % self.TILE for x in (rows, index)]
         query = [F.pad(x[rows], (0, pads[0]), value=fill) for x, fill in zip(described, (0, -1, -1), strict=True)]
         key = [F.pad(x, (0, pads[1]), value=fill) for x, fill in zip(described, (0, -1, 2**30), strict=True)]
-        self.pads, n_queries, n_keys = pads, len(query[0]), len(key[0])
         counts, indices = tile_table(*(x.view(-1, self.TILE) for x in (query[0], query[2], key[0], key[2])))
-        query, key = ([x.int().to(device) for x in side] for side in (query, key))
-        documents = self.documents
+        position, first, last, root = (F.pad(x[rows], (0, pads[0])).int().to(device) for x in ranges)
+        starts = self.starts
 
         def mask(b, h, q, k):
-            (q_position, q_pass, q_place), (k_position, k_pass, k_place) = ([x[i] for x in side]
-                                                                            for side, i in ((query, q), (key, k)))
-            return visible((q_position, q_pass, q_place, documents[b, q_position]),
-                           (k_position, k_pass, k_place, documents[b, k_position]))
+            text = (starts[b, position[q]] <= k) & (k <= position[q])
+            return text | ((first[q] <= k) & (k <= last[q])) | (k == root[q])
 
         self.block_mask = BlockMask.from_kv_blocks(
             counts[None, None].to(device), indices[None, None].to(device), BLOCK_SIZE=self.TILE, mask_mod=mask,
-            seq_lengths=(n_queries, n_keys))
+            seq_lengths=(len(query[0]), len(key[0])))
+
+    def see(self, docs):
+        """The documents (B, >= n_text) of the batch that comes; each is one run of positions."""
+        docs = docs[:, :self.starts.shape[1]]
+        index = torch.arange(docs.shape[1], device=docs.device)
+        first = F.pad(torch.where(docs[:, 1:] != docs[:, :-1], index[1:], 0), (1, 0))
+        self.starts.copy_(first.cummax(1).values)
 
     def __call__(self, q, k, v):
+        if torch.is_grad_enabled():  # the backward kernel takes a key tile for all heads of its group in one loop: the
+            k, v = repeat_heads(q, k, v)  # first tiles, which nearly all queries see, would keep everything waiting
         pads = (self.pads[0], *2 * self.pads[1:])
         q, k, v = (F.pad(x, (0, 0, 0, pad)) for x, pad in zip((q, k, v), pads, strict=True))
         return compiled_flex(q, k, v, block_mask=self.block_mask, enable_gqa=True)[:, :, :self.n_queries]
@@ -171,6 +188,6 @@ def packed_attention(packing, docs, place=None):
     """
     if docs.is_cuda and can_compile(docs.device):
         flex = flex_for_shape(packing, len(docs), place, docs.device)
-        flex.documents.copy_(docs[:, :packing.n_text])
+        flex.see(docs)
         return flex
     return TwoPart(packing, docs, place)

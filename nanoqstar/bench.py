@@ -128,11 +128,12 @@ def copy_rate(device):
     return spread(rates[2:])
 
 
-def flops(shape):
+def flops(shape, live=1.0):
     """Useful FLOPs of a step: (sampling, learning).  Products with weights and visible attention pairs, nothing twice.
 
     Learning counts forward and backward (3 x forward), whatever is recomputed; only rows whose logits are used count
-    for the LM head.  Start is counted once for all passes, as it is computed.
+    for the LM head: of the thoughts, the share `live` that has an advantage.  Start is counted once for all passes, as
+    it is computed.
     """
     m, layout = shape.model, shape.layout
     t, p, s, a = layout.n_positions, layout.n_passes, layout.n_sampled, layout.n_ahead_talk
@@ -149,7 +150,7 @@ def flops(shape):
         return 2 * (block * tokens + head * rows) + pair * pairs
 
     sampling = forward(s - 1, t * (1 + p * (s - 1)))
-    learning = 3 * forward(s + a, layout.n_text + t * p * (s + a))
+    learning = 3 * forward(s + a, layout.n_text + t * p * (s * live + a))
     return shape.batch * sampling, shape.batch * learning
 
 
@@ -171,7 +172,10 @@ def synthetic(shape, device):
 
 
 def our_step(shape, device, compile, optimize):
-    """A function that does one step and returns its four times; optimize: with an optimizer."""
+    """A function that does one step and returns its four times and the share of thoughts with an advantage.
+
+    optimize: with an optimizer.
+    """
     model = make_model(shape, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     speed_up(model, device, shape.checkpointing, compile)
@@ -183,19 +187,21 @@ def our_step(shape, device, compile, optimize):
         times = [clock(device)]
         with autocast(device):
             thoughts, _ = model.rollout(text, docs, u)
-            times.append(clock(device))
+        times.append(clock(device))
+        with autocast(device):
             states = model.score(text, docs, thoughts)
-            loss, _ = quiet_star_loss(
+            loss, parts = quiet_star_loss(
                 states, model.lm.head_weight, text, thoughts, valid, valid.counts(), base_weight=0.5, mixed_weight=0.5,
                 policy_weight=1e6, clamp_advantage=True, reinforce_temperature=3.0)
         times.append(clock(device))
         loss.backward()
         times.append(clock(device))
         if optimize:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         times.append(clock(device))
-        return [b - a for a, b in zip(times, times[1:])]
+        return [b - a for a, b in zip(times, times[1:])], float((parts["advantage"] != 0).float().mean())
     return step
 
 
@@ -219,7 +225,7 @@ def staged_step(shape, device, compile, optimize):
         loss.backward()
         times.append(clock(device))
         model.zero_grad(set_to_none=True)
-        return [0.0, times[1] - times[0], times[2] - times[1], 0.0]
+        return [0.0, times[1] - times[0], times[2] - times[1], 0.0], None
     return step
 
 
@@ -228,7 +234,7 @@ def resident_bytes():  # Linux
 
 
 def worker(which, shape, device, compile, repeats):
-    """One implementation by itself: {times} of each step, {resident, peak}: bytes before steps and above them in one.
+    """One implementation by itself: {times, live} of each step, {resident, peak}: bytes before steps and above in one.
 
     A GPU tells both at once; on a CPU repeats 0 asks for the memory, of the first step and without an optimizer.
     """
@@ -237,11 +243,13 @@ def worker(which, shape, device, compile, repeats):
         step(), step()  # warm-up
         resident = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        times = [step() for _ in range(repeats)]
-        return {"times": times, "resident": resident, "peak": torch.cuda.max_memory_allocated() - resident}
+        times, live = zip(*(step() for _ in range(repeats)))
+        peak = torch.cuda.max_memory_allocated() - resident
+        return {"times": times, "live": live, "resident": resident, "peak": peak}
     if repeats:
         step(), step()
-        return {"times": [step() for _ in range(repeats)]}
+        times, live = zip(*(step() for _ in range(repeats)))
+        return {"times": times, "live": live}
     before = resident_bytes()
     step()
     return {"resident": before, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
@@ -255,10 +263,7 @@ def run_worker(which, shape, args, repeats):
         except RuntimeError as error:  # for want of memory, as a rule: the other figures are still worth having
             return {"failed": str(error).strip().splitlines()[0]}
         finally:
-            flex_for_shape.cache_clear()
-            torch._dynamo.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
+            free_gpu()
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     if not repeats:
         env["MALLOC_MMAP_THRESHOLD_"] = "100000"  # freed blocks go back at once, for a peak that repeats
@@ -270,16 +275,24 @@ def run_worker(which, shape, args, repeats):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def free_gpu():
+    flex_for_shape.cache_clear()
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def measure(shape, args, names):
     """{name: {times, resident, peak} or {failed}}; on a CPU in turns: a change of the machine's speed meets all."""
     if args.device == "cuda":
         return {name: run_worker(name, shape, args, ROUNDS * REPEATS) for name in names}
-    results = {name: {"times": []} | run_worker(name, shape, args, 0) for name in names}
+    results = {name: {"times": [], "live": []} | run_worker(name, shape, args, 0) for name in names}
     for _ in range(ROUNDS):
         for name, result in results.items():
             if "failed" not in result:
                 run = run_worker(name, shape, args, REPEATS)
-                result["times"] += run.pop("times", [])
+                for key in ("times", "live"):
+                    result[key] += run.pop(key, [])
                 result |= run
     return results
 
@@ -293,7 +306,8 @@ def bench_train(shape, args, rate):
     times, peak = (results["ours"][k] for k in ("times", "peak"))
     phases = ("sampling", "forward", "backward", "optimizer")
     parts = {name: spread([t[i] for t in times]) for i, name in enumerate(phases)}
-    step, (sampling, learning) = spread([sum(t) for t in times]), flops(shape)
+    step, (sampling, learning) = spread([sum(t) for t in times]), flops(
+        shape, statistics.mean(results["ours"]["live"]))
     work = sampling + learning
     mfu = spread([work / sum(t) / rate["median"] for t in times])
     result = {"parts": parts, "step": step, "flops": work, "mfu": mfu, "floor_seconds": work / rate["median"],
@@ -309,7 +323,7 @@ def bench_train(shape, args, rate):
         return result
     while "failed" in results["staged"] and shape.n_positions > 16:
         shape = replace(shape, n_positions=shape.n_positions // 2)
-        print(f"the staged implementation does not fit: trying T = {shape.n_positions}")
+        print(f"the staged implementation failed ({results['staged']['failed']}): trying T = {shape.n_positions}")
         results = measure(shape, args, ["staged"])
     if "ours" not in results:
         results |= measure(shape, args, ["ours"])
@@ -334,7 +348,8 @@ def bench_variants(shape, args, rate):
         run = run_worker("ours", variant, args, REPEATS)
         if "failed" not in run:
             step = spread([sum(t) for t in run["times"]])
-            run = {"step": step, "mfu": sum(flops(variant)) / step["median"] / rate["median"],
+            work = sum(flops(variant, statistics.mean(run["live"])))
+            run = {"step": step, "mfu": work / step["median"] / rate["median"],
                    "bytes": run["resident"] + run["peak"]}
         result[what] = run
         print(f"{what:24}" + (run.get("failed") or f"{shown(run['step'])} s, MFU {run['mfu']:.0%}, "
@@ -369,9 +384,10 @@ def bench_sample(shape, device):
     if device.type == "cuda":
         model.lm.to(torch.bfloat16)
         speed_up_decoding(model, device)
-    weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embed_tokens" not in n)
+    weights = sum(p.numel() * p.element_size() for n, p in model.lm.named_parameters() if "embed_tokens" not in n)
     if shape.model.tie_word_embeddings:
         weights += model.lm.head_weight.numel() * model.lm.head_weight.element_size()
+    mixing = sum(p.numel() * p.element_size() for p in model.mixing_head.parameters())  # read once a thought
     rate, n_tokens = copy_rate(device), 32 if device.type == "cpu" else 128
     for batch in (1, 8):
         for n_ahead in (shape.n_ahead, 0):
@@ -385,7 +401,7 @@ def bench_sample(shape, device):
                     pass
                 seconds.append((clock(device) - start) / n_tokens)
             s, forwards = spread(seconds[1:]), max(1, n_ahead - 1)
-            bound = forwards * weights / rate["median"]
+            bound = (forwards * weights + (mixing if n_ahead else 0)) / rate["median"]
             what = f"batch {batch}, " + (f"thoughts of {n_ahead}" if n_ahead else "no thoughts")
             result[what] = {"seconds_per_token": s, "tokens_per_second": batch / s["median"],
                             "bound": bound / s["median"]}
@@ -486,6 +502,8 @@ def main(argv):
     def section(name, function, *arguments):
         print(f"\n{name}", flush=True)
         results[name] = function(*arguments)
+        if device.type == "cuda":
+            free_gpu()
         results["seconds"] = round(time.perf_counter() - start)
         print(f"[{results['seconds']} s so far]", flush=True)
         if args.json:  # what is measured is kept, whatever comes after

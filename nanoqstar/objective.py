@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from nanoqstar.attention import can_compile
 
-CHUNK_LOGITS = {"cuda": 2**28, "cpu": 6_000_000}  # held at once: large products on a GPU, about the cache on a CPU
+CHUNK_LOGITS = {"cuda": 2**29, "cpu": 6_000_000}  # held at once: large products on a GPU, about the cache on a CPU
 
 
 def fp32_logits(hidden, weight, banned=None, temperature=1.0):

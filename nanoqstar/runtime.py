@@ -17,7 +17,7 @@ def pick_device(wanted):
     if not available[name]:
         raise InputError(f"device {name} is not available here: use --device auto")
     if name == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # a nearly full GPU has no room for gaps
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # a nearly full GPU has no room for gaps
     return torch.device(name)
 
 

@@ -1,6 +1,7 @@
 """Decoding over a KV cache: a thought before every new token, K - 1 dependent forwards each, or none."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -95,9 +96,9 @@ def generate(model, prompts, max_new_tokens, n_ahead, temperature=1.0, top_k=Non
         with torch.compiler.set_stance("force_eager"):  # blocks are compiled for the steps, not for a prompt's length
             forward(text[:, :-1], index + n_ahead, (index - pads[:, None]).clamp(min=0), index[-1:] + n_ahead)
     newest, run = text[:, -1], step
-    for n in range(longest - 1, longest - 1 + max_new_tokens):
+    for n in torch.arange(longest - 1, longest - 1 + max_new_tokens, device=device):
         u = torch.rand(batch, max(0, n_ahead - 2), generator=generator, device=device)
-        inputs = newest, torch.tensor(n, device=device), u
+        inputs = newest, n, u
         if device.type == "cuda" and run is step:
             run = Graph(step, inputs)
         logits, thoughts, mix = run(*inputs)
@@ -105,19 +106,25 @@ def generate(model, prompts, max_new_tokens, n_ahead, temperature=1.0, top_k=Non
         yield Step(newest, thoughts.clone(), mix.clone(), logits.clone())
 
 
+@lru_cache
+def side_stream():
+    """One for all captures: libraries keep a workspace for every stream they meet."""
+    return torch.cuda.Stream()
+
+
 class Graph:
     """A function of tensors, captured once as a CUDA graph and replayed: its dependent forwards launch as one."""
 
     def __init__(self, function, inputs):
         self.inputs = [x.clone() for x in inputs]
-        side = torch.cuda.Stream()
+        side = side_stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries allocate on their first calls, which a capture does not allow
             for _ in range(2):
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=side):
             self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs):

@@ -28,7 +28,7 @@ def test_useful_flops_are_those_that_torch_counts(shape):
     text, docs = bench.synthetic(shape, cpu)
     with FlopCounterMode(display=False) as counter:
         model.rollout(text, docs, torch.rand(shape.batch, shape.n_passes, t, shape.n_ahead - 2))
-    sampling, learning = bench.flops(shape)
+    sampling, _ = bench.flops(shape)
     products = sum(n for op, n in counter.get_flop_counts()["Global"].items()
                    if "mm" in str(op) and "bmm" not in str(op))
     attention = 4 * m.num_attention_heads * m.head_dim * m.num_hidden_layers * shape.batch
@@ -41,10 +41,13 @@ def test_useful_flops_are_those_that_torch_counts(shape):
     valid = Valid.from_docs(docs, shape.n_ahead_talk)
     with FlopCounterMode(display=False) as counter:
         states = model.score(text, docs, thoughts)
-        loss, _ = quiet_star_loss(
+        loss, parts = quiet_star_loss(
             states, model.lm.head_weight, text, thoughts, valid, valid.counts(), base_weight=0.5, mixed_weight=0.5,
-            policy_weight=1.0, clamp_advantage=False, reinforce_temperature=3.0)
+            policy_weight=1.0, clamp_advantage=True, reinforce_temperature=3.0)
         loss.backward()
+    live = (parts["advantage"] != 0).double().mean().item()
+    learning = bench.flops(shape, live)[1]
+    assert 0.3 < live < 0.7 and learning < bench.flops(shape)[1]
     assert 0.9 < learning / counter.get_total_flops() < 1.15
 
 
@@ -81,7 +84,7 @@ def test_decoding_is_measured_against_the_bandwidth(monkeypatch):
     monkeypatch.setattr(bench, "copy_rate", lambda device: bench.spread([1e9]))
     result = bench.bench_sample(SMALL, torch.device("cpu"))
     assert set(result) == {f"batch {b}, {w}" for b in (1, 8) for w in ("thoughts of 5", "no thoughts")}
-    weights = sum(p.numel() for n, p in bench.make_model(SMALL, torch.device("cpu")).named_parameters()
+    weights = sum(p.numel() for n, p in bench.make_model(SMALL, torch.device("cpu")).lm.named_parameters()
                   if "embed_tokens" not in n) * 4
     one = result["batch 1, no thoughts"]
     assert abs(one["bound"] - weights / 1e9 / one["seconds_per_token"]["median"]) < 1e-9
