@@ -5,8 +5,8 @@ figure is a median with its quartiles.  On a CPU one thread is used and CPU seco
 machine stretches the wall clock; on a GPU wall seconds between synchronisations.
 
   train    a step split into sampling, forward, backward, optimizer; useful FLOPs against the matrix rate measured in
-           the same run (MFU); time and peak memory against the staged implementation in tests/; cost against n_ahead,
-           n_passes and T
+           the same run (MFU); time and peak memory against the staged implementation in tests/; on a GPU other
+           batches and less recomputation, as far as they fit; cost against n_ahead, n_passes and T
   sample   decoding with and without thoughts against the memory-bandwidth bound, measured by a copy in the same run
   prepare  data/prepare.py against the bare tokenizer on the same text and cores
 
