@@ -357,20 +357,22 @@ def bench_variants(shape, args, rate):
     return result
 
 
-def bench_scaling(shape, args):
-    """Seconds a step against one size at a time."""
+def bench_scaling(shape, args, step=None):
+    """Seconds a step against one size at a time; step: those of the shape itself, where they are known."""
     print("seconds a step against one size at a time")
-    result, runs, sizes = {}, {}, {"n_ahead": (3, 7, 11), "n_passes": (1, 2, 4), "n_positions": (64, 128, 256)}
+    result, steps = {}, {shape: step} if step else {}
+    sizes = {"n_ahead": (3, 7, 11), "n_passes": (1, 2, 4), "n_positions": (64, 128, 256)}
     if args.device == "cuda":
         sizes = {"n_ahead": (4, 8, 12), "n_passes": (1, 2, 4), "n_positions": (256, 512, 1024)}
     for name, values in sizes.items():
         result[name] = {}
         for value in values:
             one = replace(shape, **{name: value})
-            if one not in runs:
-                runs[one] = run_worker("ours", one, args, REPEATS)
-            if "times" in runs[one]:
-                result[name][value] = spread([sum(t) for t in runs[one]["times"]])
+            if one not in steps:
+                times = run_worker("ours", one, args, REPEATS).get("times")
+                steps[one] = times and spread([sum(t) for t in times])
+            if steps[one]:
+                result[name][value] = steps[one]
         print(f"{name:12}" + "   ".join(f"{value}: {shown(s)} s" for value, s in result[name].items()))
     return result
 
@@ -519,7 +521,8 @@ def main(argv):
         for name, shape in shapes.items():
             section(f"sample {name}", bench_sample, shape, device)
     if args.what in ("train", "all") and not args.no_scaling:
-        section(f"scaling of {names[0]}", bench_scaling, shapes[names[0]], args)
+        section(f"scaling of {names[0]}", bench_scaling, shapes[names[0]], args,
+                results[f"train {names[0]}"].get("step"))
     if args.what in ("prepare", "all"):
         section("prepare", bench_prepare)
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,42 @@ def test_decoding_is_measured_against_the_bandwidth(monkeypatch):
                   if "embed_tokens" not in n) * 4
     one = result["batch 1, no thoughts"]
     assert abs(one["bound"] - weights / 1e9 / one["seconds_per_token"]["median"]) < 1e-9
+
+
+def test_scaling_measures_every_size_once(monkeypatch):
+    """The shape itself is known from before; a size that fails is left out."""
+    shape, seen = bench.SHAPES["cpu"], []
+
+    def run(which, shape, args, repeats):
+        seen.append(shape)
+        return {"failed": "no memory"} if shape.n_passes == 4 else {"times": [[shape.n_ahead, shape.n_passes, 0, 0]]}
+    monkeypatch.setattr(bench, "run_worker", run)
+    result = bench.bench_scaling(shape, SimpleNamespace(device="cpu"), bench.spread([77.0]))
+    assert shape not in seen and len(seen) == len(set(seen)) == 2 + 2 + 3
+    medians = {name: {value: s["median"] for value, s in row.items()} for name, row in result.items()}
+    assert medians == {"n_ahead": {3: 5, 7: 77, 11: 13}, "n_passes": {1: 8, 2: 77},
+                       "n_positions": {64: 9, 128: 9, 256: 9}}
+
+
+def test_what_a_gpu_reports(monkeypatch, capsys):
+    """The parts of the report that only a GPU has, on made-up times: MFU by hand, and what does not fit."""
+    shape, args = replace(SMALL, batch=1, n_passes=4), SimpleNamespace(device="cuda")
+
+    def run(which, shape, args, repeats):
+        if which == "staged" and shape.n_positions > 20 or shape.batch == 8:
+            return {"failed": "CUDA out of memory"}
+        return {"times": [[1.0, 2.0, 3.0, 1.0]] * repeats, "live": [0.5] * repeats, "resident": 2**30, "peak": 2**31}
+    monkeypatch.setattr(bench, "run_worker", run)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=2**33))
+    rate = bench.spread([float(sum(bench.flops(shape, 0.5)))])
+    variants = bench.bench_variants(shape, args, rate)
+    assert variants["checkpointing 0.5"]["mfu"] == pytest.approx(1 / 7)
+    assert variants["batch 4"]["mfu"] == pytest.approx(4 / 7) and variants["batch 4"]["bytes"] == 3 * 2**30
+    assert variants["n_passes 2, batch 8"] == {"failed": "CUDA out of memory"}
+    train = bench.bench_train(replace(shape, n_positions=40), args, rate)
+    assert train["compared_at"] == 20
+    assert train["speedup"]["median"] == pytest.approx(7 / 6) and train["memory_ratio"] == 1
+    assert "3.0 of 8.0 GiB" in (printed := capsys.readouterr().out) and "trying T = 20" in printed
 
 
 def test_unknown_config_is_one_sentence():
