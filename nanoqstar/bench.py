@@ -239,20 +239,19 @@ def worker(which, shape, device, compile, repeats):
     A GPU tells both at once; on a CPU repeats 0 asks for the memory, of the first step and without an optimizer.
     """
     step = {"ours": our_step, "staged": staged_step}[which](shape, device, compile, repeats > 0)
+    if not repeats:
+        resident = resident_bytes()
+        step()
+        return {"resident": resident, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident}
+    step(), step()  # warm-up
     if device.type == "cuda":
-        step(), step()  # warm-up
         resident = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        times, live = zip(*(step() for _ in range(repeats)))
-        peak = torch.cuda.max_memory_allocated() - resident
-        return {"times": times, "live": live, "resident": resident, "peak": peak}
-    if repeats:
-        step(), step()
-        times, live = zip(*(step() for _ in range(repeats)))
-        return {"times": times, "live": live}
-    before = resident_bytes()
-    step()
-    return {"resident": before, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
+    times, live = zip(*(step() for _ in range(repeats)))
+    result = {"times": times, "live": live}
+    if device.type == "cuda":
+        result |= {"resident": resident, "peak": torch.cuda.max_memory_allocated() - resident}
+    return result
 
 
 def run_worker(which, shape, args, repeats):

@@ -66,7 +66,7 @@ def generate(model, prompts, max_new_tokens, n_ahead, temperature=1.0, top_k=Non
         mask = torch.where(query < n_ahead, is_text & (slot <= last_text) | (slot <= query), is_text & (slot <= query))
         mask = mask | (slot == query)  # padding sees itself
         used = int(last_text) + 1 if device.type == "cpu" else n_slots  # a GPU prefers one shape
-        form = few_queries if len(slots) <= 2 else dense
+        form = few_queries if len(slots) <= 2 else dense  # a step's forwards have one token or two
         return model.lm(x, positions, lambda q, k, v: form(mask[..., :used])(q, k[:, :, :used], v[:, :, :used]), cache)
 
     def step(newest, n, u):
