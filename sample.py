@@ -7,9 +7,11 @@ import torch
 
 from configs import ConfigError, SampleConfig, help_text, parse_options
 from nanoqstar import InputError, hf
+from nanoqstar.files import read_json
 from nanoqstar.quietstar import QuietStar
-from nanoqstar.runtime import pick_device, speed_up_decoding
+from nanoqstar.device import pick_device, speed_up_decoding
 from nanoqstar.sampling import generate
+from nanoqstar.tokenizer import end_of_text_id, load_tokenizer, unknown_ids
 
 OFFICIAL_N_AHEAD = 7  # of the published 8-ahead checkpoint, whose n_ahead counts the base step as well
 
@@ -26,10 +28,10 @@ def load(cfg, device):
     """(model, tokenizer, n_ahead) as the settings ask for."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # reading the weights is what decoding costs
     lm, thoughts, folder = hf.load(cfg.model_path or newest_run(), device, dtype)
-    tokenizer = hf.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     info = folder / "nanoqstar.json"
-    trained = (hf.read_json(info).get("config") or {}) if info.exists() else {}
-    banned = hf.unknown_ids(tokenizer, lm.config.vocab_size)
+    trained = (read_json(info).get("config") or {}) if info.exists() else {}
+    banned = unknown_ids(tokenizer, lm.config.vocab_size)
     model = QuietStar(lm, trained.get("thought_temperature", 1.0), banned).to(device)
     if thoughts is None:
         if not cfg.no_thoughts:
@@ -46,7 +48,7 @@ def write(model, tokenizer, n_ahead, cfg, prompt, generator):
     except Exception as error:  # the tokenizers library raises plain Exception
         raise InputError(f"the model's tokenizer cannot encode this prompt ({error}): "
                          "use the characters it knows") from None
-    end = hf.end_of_text_id(tokenizer)
+    end = end_of_text_id(tokenizer)
     ids = ids or ([] if end is None else [end])
     if not ids:
         raise InputError("the prompt is empty, and the tokenizer has no end-of-text token to start from: "

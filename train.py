@@ -19,12 +19,14 @@ from tqdm import tqdm
 from configs import ConfigError, TrainConfig, help_text, list_presets, load_config, parse_options
 from data import fold
 from nanoqstar import InputError, hf
-from nanoqstar.data import TokenDataset, write_dataset
+from data.writer import write_dataset
+from nanoqstar.dataset import TokenDataset
 from nanoqstar.evaluate import score_text, summarize
 from nanoqstar.objective import Valid, language_model_loss, quiet_star_loss
 from nanoqstar.quietstar import QuietStar, uniforms
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
-from nanoqstar.runtime import autocast, pick_device, speed_up
+from nanoqstar.device import autocast, pick_device, speed_up
+from nanoqstar.tokenizer import load_tokenizer, unknown_ids
 
 MAX_SKIPPED = 5  # non-finite steps in a row that stop a run
 
@@ -258,14 +260,14 @@ def build_model(cfg, tokenizer_path, device):
         lm = lm.to(device)
     else:
         lm, thoughts, folder = hf.load(cfg.model_path, device)
-        if hf.load_tokenizer(folder).to_str() != tokenizer.to_str():
+        if load_tokenizer(folder).to_str() != tokenizer.to_str():
             raise InputError(f"{tokenizer_path} is not the tokenizer of {cfg.model_path}: prepare the data again with "
                              f"--tokenizer {cfg.model_path}")
     if device.type == "cuda" and lm.config.head_dim < 16:
         raise InputError(f"heads of {lm.config.head_dim} numbers: attention on a GPU needs 16 or more; lower n_heads, "
                          "or raise hidden_size")
     hf.check_context(lm.config, cfg.max_length + cfg.n_ahead_talk + cfg.n_ahead)
-    model = QuietStar(lm, cfg.thought_temperature, hf.unknown_ids(tokenizer, lm.config.vocab_size)).to(device)
+    model = QuietStar(lm, cfg.thought_temperature, unknown_ids(tokenizer, lm.config.vocab_size)).to(device)
     return model, thoughts, tokenizer
 
 

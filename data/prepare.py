@@ -22,8 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds o
 from configs import ConfigError, PrepareConfig, help_text, parse_options
 from data.sources import Source, fetch, hub_files, local_files
 from nanoqstar import InputError
-from nanoqstar.data import JOURNAL, SPLITS, DatasetWriter, TokenDataset, partial_folder, read_json, split_of
-from nanoqstar.hf import END_OF_TEXT, end_of_text_id, load_tokenizer
+from data.writer import JOURNAL, DatasetWriter, split_of
+from nanoqstar.dataset import SPLITS, TokenDataset, partial_folder
+from nanoqstar.files import read_json
+from nanoqstar.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer
 
 BATCH_CHARS = 2**22  # tokenized at once: enough for all cores, about a second's work for two of them
 TRAIN_CHARS = 100 * 10**6  # what a new tokenizer is trained on at most
@@ -135,7 +137,7 @@ def prepare(cfg):
         print(f"{out} is already prepared with these arguments; delete it to prepare it again")
         return out
     partial = partial_folder(out)
-    journal = read_json(partial / JOURNAL)
+    journal = read_json(partial / JOURNAL) if (partial / JOURNAL).exists() else None
     if journal:
         require_same(journal["arguments"], arguments, partial)
         source, place = Source(cfg, journal["files"], journal["revision"]), journal["place"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 
 from nanoqstar import InputError
-from nanoqstar.data import partial_folder
+from nanoqstar.dataset import partial_folder
 from nanoqstar.hf import hub_error
 
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text"}

@@ -5,15 +5,13 @@ Packed text and thoughts have three forms with one meaning (`thoughts.visible`),
 """
 
 import math
-import os
-import shutil
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils._triton import has_triton
 
+from nanoqstar.device import can_compile, compiled
 from nanoqstar.thoughts import query_rows, visible
 
 POSITIONS_PER_CHUNK = 16  # of TwoPart: a chunk's scores stay in cache, its text keys end where its positions do
@@ -150,7 +148,7 @@ class Flex:
             k, v = repeat_heads(q, k, v)  # first tiles, which nearly all queries see, would keep everything waiting
         pads = (self.pads[0], *2 * self.pads[1:])
         q, k, v = (F.pad(x, (0, 0, 0, pad)) for x, pad in zip((q, k, v), pads, strict=True))
-        return compiled_flex(q, k, v, block_mask=self.block_mask, enable_gqa=True)[:, :, :self.n_queries]
+        return compiled_flex()(q, k, v, block_mask=self.block_mask, enable_gqa=True)[:, :, :self.n_queries]
 
 
 def tile_table(q_position, q_place, k_position, k_place):
@@ -169,15 +167,12 @@ def tile_table(q_position, q_place, k_position, k_place):
     return seen.sum(1).int(), seen.int().argsort(dim=1, descending=True, stable=True).int()
 
 
-# one graph a shape: scoring and both kinds of rollout step, in training and in evaluation
-torch._dynamo.config.recompile_limit = 64
-compiled_flex = torch.compile(flex_attention, dynamic=False)
+@lru_cache
+def compiled_flex():
+    return compiled(flex_attention, dynamic=False)
+
+
 flex_for_shape = lru_cache(maxsize=64)(Flex)
-
-
-def can_compile(device):
-    """Whether torch.compile has what it needs: a C++ compiler, and on a GPU Triton."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None and (device.type != "cuda" or has_triton())
 
 
 def packed_attention(packing, docs, place=None):

@@ -35,7 +35,7 @@ from nanoqstar.attention import flex_for_shape
 from nanoqstar.objective import Valid, quiet_star_loss
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 from nanoqstar.quietstar import QuietStar
-from nanoqstar.runtime import autocast, pick_device, speed_up, speed_up_decoding
+from nanoqstar.device import autocast, pick_device, speed_up, speed_up_decoding
 from nanoqstar.sampling import generate
 from nanoqstar.thoughts import ThoughtLayout
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nanoqstar.objective import Valid, fp32_logits, weighted_log_probs
+from nanoqstar.head import fp32_logits, weighted_log_probs
+from nanoqstar.objective import Valid
 from nanoqstar.quietstar import uniforms
 
 EVALUATION_STEP = 2**40  # of the uniform numbers: no training step draws the same

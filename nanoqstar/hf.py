@@ -16,9 +16,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 
 from nanoqstar import InputError
+from nanoqstar.files import read_json
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 
@@ -26,8 +26,6 @@ FILES = ["config.json", "tokenizer.json", "model.safetensors", "model-*.safetens
          "quietstar.safetensors"]
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PIECE = 2**20  # elements read at once; far larger buffers fragment the heap
-END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
-OFFICIAL_DELIMITERS = ("<|startthought|>", "<|endthought|>")  # ids of the official checkpoint that are no text
 OFFICIAL_EMBEDDING_SCALE = 100  # it stores the delimiters' embeddings divided by this (`embedding_scale`)
 
 
@@ -70,19 +68,6 @@ def hub_error(name, error):
     else:  # such as a full disk
         reason = " ".join(str(error).split())
     return InputError(f"there is no folder {name!r}, and it cannot be fetched as a Hub id: {reason}")
-
-
-def read_json(file):
-    """The object in a JSON file; InputError where there is none."""
-    try:
-        value = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{file.parent} is not a model folder: it has no {file.name}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file} holds no JSON object")
-    return value
 
 
 def read_config(folder):
@@ -266,36 +251,6 @@ def check_context(config, n_positions):
         window = " (its sliding window)" if config.sliding_window else ""
         raise InputError(f"{n_positions} positions are more than the model's context of {config.max_context}{window}: "
                          "shorten the text (the prompt and max_new_tokens, or max_length) or the thoughts")
-
-
-def load_tokenizer(folder):
-    """The tokenizer in `folder`/tokenizer.json."""
-    file = Path(folder) / "tokenizer.json"
-    if not file.exists():
-        raise InputError(f"{folder} has no tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exceptions
-        raise InputError(f"{file} is not a tokenizer: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def end_of_text_id(tokenizer):
-    """Id of the token that ends a document, or None: the first of END_OF_TEXT that the tokenizer has."""
-    return next((i for i in map(tokenizer.token_to_id, END_OF_TEXT) if i is not None), None)
-
-
-def unknown_ids(tokenizer, vocab_size):
-    """(V,) bool: ids without a token, which must never be sampled; so are the official checkpoint's delimiters."""
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    largest = max(vocabulary.values(), default=-1)
-    if largest >= vocab_size:
-        raise InputError(f"the tokenizer has id {largest}, the model {vocab_size} rows: they do not belong together")
-    unknown = torch.ones(vocab_size, dtype=torch.bool)
-    unknown[[i for token, i in vocabulary.items() if token not in OFFICIAL_DELIMITERS]] = False
-    return unknown
 
 
 def save(folder, model, tokenizer_json, info):

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanoqstar.attention import dense, packed_attention, text_mask
-from nanoqstar.objective import compute_dtype, sample_tokens
+from nanoqstar.head import compute_dtype, sample_tokens
 from nanoqstar.qwen2 import KVCache
 from nanoqstar.thoughts import ThoughtLayout
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 
 from nanoqstar.attention import dense, few_queries
-from nanoqstar.objective import compute_dtype, fp32_logits, sample_tokens
+from nanoqstar.head import compute_dtype, fp32_logits, sample_tokens
 from nanoqstar.qwen2 import KVCache
 
 SLOTS = 256  # a cache's length is a multiple of it, so that blocks compiled for one prompt serve others

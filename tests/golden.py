@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from nanoqstar.hf import from_official
-from nanoqstar.objective import Valid, quiet_star_loss, weighted_log_probs
+from nanoqstar.head import weighted_log_probs
+from nanoqstar.objective import Valid, quiet_star_loss
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 

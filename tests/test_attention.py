@@ -143,7 +143,7 @@ def test_tile_table_by_hand():
 @pytest.mark.parametrize("place", [None, 0, 1, 4], ids=name)
 def test_flex_is_dense_on_the_cpu(monkeypatch, place):
     """The mask, the padding and the cut, in eager mode; FlexAttention has no backward here."""
-    monkeypatch.setattr(attention, "compiled_flex", flex_attention)
+    monkeypatch.setattr(attention, "compiled_flex", lambda: flex_attention)
     for packing in (PACKINGS[1], PACKINGS[5] if place != 4 else PACKINGS[1]):
         docs, qkv = random_docs(packing), random_qkv(packing, place, dim=16, dtype=torch.float32)
         with torch.no_grad():
@@ -154,7 +154,7 @@ def test_flex_is_dense_on_the_cpu(monkeypatch, place):
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_one_flex_serves_every_batch_of_its_shape(monkeypatch):
     """Documents are looked up when it runs, so an instance that is kept (`flex_for_shape`) sees those of the batch."""
-    monkeypatch.setattr(attention, "compiled_flex", flex_attention)
+    monkeypatch.setattr(attention, "compiled_flex", lambda: flex_attention)
     packing = PACKINGS[1]
     flex, qkv = Flex(packing, 2, None, "cpu"), random_qkv(packing, None, dim=16, dtype=torch.float32)
     for docs in (random_docs(packing), torch.arange(packing.n_text + 1).expand(2, -1)):

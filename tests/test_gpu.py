@@ -7,8 +7,9 @@ import torch
 
 from nanoqstar import sampling
 from nanoqstar.attention import flex_for_shape
-from nanoqstar.objective import Valid, fp32_logits, quiet_star_loss
-from nanoqstar.runtime import autocast, pick_device, speed_up, speed_up_decoding
+from nanoqstar.head import fp32_logits
+from nanoqstar.objective import Valid, quiet_star_loss
+from nanoqstar.device import autocast, pick_device, speed_up, speed_up_decoding
 from nanoqstar.sampling import generate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]

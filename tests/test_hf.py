@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, models
 
 from nanoqstar import InputError, hf
 from nanoqstar.attention import dense
-from nanoqstar.hf import check_context, load, load_tokenizer, read_config, resolve, save, unknown_ids
+from nanoqstar.hf import check_context, load, read_config, resolve, save
+from nanoqstar.tokenizer import load_tokenizer, unknown_ids
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 
@@ -431,7 +432,7 @@ def test_other_failures_of_the_hub(monkeypatch):
 
 
 def test_folder_without_a_model(tmp_path):
-    with pytest.raises(InputError, match=r"is not a model folder: it has no config\.json"):
+    with pytest.raises(InputError, match=r"config\.json is missing"):
         load(tmp_path)
 
 

@@ -9,8 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm"}
 GUARDED = {"pyarrow", "wandb"}  # optional extras, inside functions only
-ORDER = ["qwen2", "thoughts", "attention", "objective", "quietstar", "runtime", "evaluate", "sampling", "data", "hf",
-         "experiments", "bench"]  # a module imports from those before it
+ORDER = ["cli", "files", "device", "qwen2", "thoughts", "attention", "head", "objective", "quietstar",
+         "sampling", "evaluate", "flops", "dataset", "tokenizer", "hf", "runlog", "bench",
+         "experiments"]  # a module imports from those before it
 FILES = [*sorted((ROOT / "nanoqstar").glob("*.py")), *sorted((ROOT / "data").glob("*.py")),
          *(ROOT / name for name in ("train.py", "sample.py", "configs.py"))]
 

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nanoqstar import objective
-from nanoqstar.objective import (Valid, advantage, language_model_loss, quiet_star_loss, sample_tokens,
-                                 weighted_log_probs)
+from nanoqstar import head as room
+from nanoqstar.head import sample_tokens, weighted_log_probs
+from nanoqstar.objective import Valid, advantage, language_model_loss, quiet_star_loss
 from nanoqstar.quietstar import States
 
 BANNED = torch.zeros(11, dtype=torch.bool).index_fill(0, torch.tensor([0, 4, 10]), True)
@@ -38,7 +38,7 @@ def log_probs_of(hidden, weight, targets, temperature=1.0, banned=None):
 @pytest.mark.parametrize("chunk", [1, 30, 2**22], ids=["row by row", "two rows", "at once"])
 @pytest.mark.parametrize("temperature, banned", [(1.0, None), (3.0, None), (0.7, BANNED)])
 def test_weighted_log_probs(monkeypatch, temperature, banned, chunk):
-    monkeypatch.setattr(objective, "CHUNK_LOGITS", {"cpu": chunk})
+    monkeypatch.setattr(room, "CHUNK_LOGITS", {"cpu": chunk})
     hidden, weight, row_weights = randn(7, 5), randn(11, 5, seed=1), randn(7, seed=2, grad=False)
     targets = torch.tensor([1, 2, 3, 5, 6, 9, 1])
     total, log_probs = weighted_log_probs(hidden, weight, targets, row_weights, temperature, banned)
@@ -151,7 +151,7 @@ def test_the_recorder_sees_what_it_should():
 def test_logits_of_the_whole_sequence_never_exist(monkeypatch, make_model, make_text, chunk):
     """Vocabulary 30,000, width 8: sampling, scoring, loss and backward, by what torch allocates."""
     if chunk:
-        monkeypatch.setattr(objective, "CHUNK_LOGITS", {"cpu": chunk})
+        monkeypatch.setattr(room, "CHUNK_LOGITS", {"cpu": chunk})
     vocab, batch, n_talk = 30_000, 2, 2
     shape = dict(vocab_size=vocab, hidden_size=8, intermediate_size=16, head_dim=4, num_attention_heads=2,
                  num_key_value_heads=1, num_hidden_layers=1)
@@ -167,7 +167,7 @@ def test_logits_of_the_whole_sequence_never_exist(monkeypatch, make_model, make_
     assert (parts["advantage"] > 0).any()
     packed_logits = batch * (25 + 24 * (1 + 3 * 4)) * vocab  # elements: 674 packed tokens
     weights = 8 * vocab
-    assert recorder.largest <= (chunk or objective.CHUNK_LOGITS["cpu"]) < packed_logits / 3
+    assert recorder.largest <= (chunk or room.CHUNK_LOGITS["cpu"]) < packed_logits / 3
     gradients = 4 * 4 * weights  # bytes: of the head, twice, of the embedding, and their sum
     assert recorder.peak - gradients < 4 * packed_logits * (0.25 if chunk else 1)
 
@@ -177,16 +177,16 @@ def test_compiled_chunks_are_the_same_and_compiled_once(monkeypatch):
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(objective, "CHUNK_LOGITS", {"cpu": 10 * 31})
-    monkeypatch.setattr(objective, "can_compile", lambda device: True)
-    eager, generator = objective.log_prob_chunk, torch.Generator().manual_seed(0)
+    monkeypatch.setattr(room, "CHUNK_LOGITS", {"cpu": 10 * 31})
+    monkeypatch.setattr(room, "can_compile", lambda device: True)
+    eager, generator = room.log_prob_chunk, torch.Generator().manual_seed(0)
     compiled = torch.compile(eager, backend="aot_eager")
     banned = torch.arange(31) == 5
     for n_rows, temperature, ids in ((25, 1.0, None), (7, 3.0, banned), (12, 3.0, banned), (38, 1.0, None),
                                      (9, 3.0, banned), (23, 1.0, None)):
         values = []
         for chunk in (eager, compiled):
-            monkeypatch.setattr(objective, "log_prob_chunk", chunk)
+            monkeypatch.setattr(room, "log_prob_chunk", chunk)
             generator.manual_seed(n_rows)
             hidden, head, weights = (torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
                                      for shape in ((n_rows, 4), (31, 4), (n_rows,)))
@@ -310,7 +310,7 @@ def our_loss(states, head, docs=DOCS, **kwargs):
                                     dict(base_weight=0.0), dict(reinforce_temperature=1.0)], ids=str)
 def test_loss_and_gradients_by_definition(monkeypatch, change, chunk):
     """Rewards are constants: the oracle takes them as numbers."""
-    monkeypatch.setattr(objective, "CHUNK_LOGITS", {"cpu": chunk})
+    monkeypatch.setattr(room, "CHUNK_LOGITS", {"cpu": chunk})
     states, head = random_states(), randn(V, D, seed=HEAD_SEED)
     loss, parts = our_loss(states, head, **change)
     expected, terms = loss_by_definition(states, head, **WEIGHTS | change)
@@ -404,7 +404,7 @@ BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
 @pytest.mark.parametrize("chunk", [1, 2**22])
 def test_samples_have_the_exact_distribution(monkeypatch, temperature, banned, chunk):
     """Evenly spaced uniform numbers hit every id as often as its probability says."""
-    monkeypatch.setattr(objective, "CHUNK_LOGITS", {"cpu": chunk})
+    monkeypatch.setattr(room, "CHUNK_LOGITS", {"cpu": chunk})
     hidden, weight = randn(3, 5, grad=False), randn(11, 5, seed=1, grad=False)
     ids, log_probs = sample_tokens(hidden, weight, GRID.expand(3, -1), temperature, banned)
     logits = hidden @ weight.T / temperature

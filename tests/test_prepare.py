@@ -15,7 +15,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from data import prepare, sources
-from nanoqstar.data import DatasetWriter, TokenDataset, split_of
+from data.writer import DatasetWriter, split_of
+from nanoqstar.dataset import TokenDataset
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ("meta.json", "tokenizer.json", "train.bin", "train.docs.npy", "val.bin", "val.docs.npy")
@@ -251,7 +252,7 @@ def three_files(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from data import prepare
-from nanoqstar.data import DatasetWriter
+from data.writer import DatasetWriter
 
 def add(self, split, ids, add=DatasetWriter.add):
     add(self, split, ids)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanoqstar.objective import Valid, quiet_star_loss, weighted_log_probs
+from nanoqstar.head import weighted_log_probs
+from nanoqstar.objective import Valid, quiet_star_loss
 from nanoqstar.quietstar import QuietStar, uniforms
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 from nanoqstar.thoughts import ThoughtLayout

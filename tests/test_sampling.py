@@ -7,7 +7,7 @@ import torch
 
 from nanoqstar import sampling
 from nanoqstar.attention import dense
-from nanoqstar.objective import fp32_logits
+from nanoqstar.head import fp32_logits
 from nanoqstar.sampling import generate, sample_token
 
 PROMPTS = [[5, 9, 2, 30, 11], [40], [3, 3, 58, 21], [8, 1, 44, 13, 13, 6, 52]]

@@ -16,7 +16,9 @@ import train as script
 from configs import PRESETS, TrainConfig
 from data import fold
 from nanoqstar import InputError, hf
-from nanoqstar.data import TokenDataset, write_dataset
+from nanoqstar.tokenizer import load_tokenizer
+from data.writer import write_dataset
+from nanoqstar.dataset import TokenDataset
 from nanoqstar.objective import Valid, quiet_star_loss
 
 ROOT = Path(__file__).parents[1]
@@ -180,7 +182,7 @@ def test_non_finite_steps_are_skipped_and_several_stop_the_run(tmp_path):
     before = {n: p.detach().clone() for n, p in model.named_parameters() if n != "end_embedding"}
     said = []
     log = type("Log", (), dict(write=lambda *a, **k: said.append(k), say=lambda *a, **k: None))()
-    tokenizer = hf.load_tokenizer(tmp_path / "data")
+    tokenizer = load_tokenizer(tmp_path / "data")
     with pytest.raises(InputError, match="not finite 5 updates in a row"):
         cfg = dataclasses.replace(cfg, eval_every=10**6)
         script.evaluate, evaluate = (lambda *a: None), script.evaluate
@@ -225,7 +227,7 @@ class Kept:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_checkpointing_keeps_less_and_changes_nothing(tmp_path, monkeypatch, compiled):
     """A share of the blocks' activations is recomputed; the more, the less is kept, and the update is the same."""
-    from nanoqstar.runtime import speed_up
+    from nanoqstar.device import speed_up
     module_compile, results, kept = torch.nn.Module.compile, [], []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **settings: module_compile(
         block, backend="aot_eager_decomp_partition", **settings))  # inductor's choice of what to keep, without its code

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nanoqstar import InputError
-from nanoqstar.data import TokenDataset, split_of, write_dataset
+from data.writer import split_of, write_dataset
+from nanoqstar.dataset import TokenDataset
 
 DOCUMENTS = [[5, 6, 7], [8], list(range(10, 30))]
 
@@ -96,9 +97,9 @@ DAMAGE = {
     "no tokens": (lambda f: (f / "train.bin").unlink(), "has no train.bin"),
     "no offsets": (lambda f: (f / "train.docs.npy").unlink(), "has no train.docs.npy"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
-    "cut meta": (lambda f: (f / "meta.json").write_text('{"format": 1, "dty'), "not a JSON object"),
-    "binary meta": (lambda f: (f / "meta.json").write_bytes(b"\xff\xfe\x00"), "not a JSON object"),
-    "list meta": (lambda f: (f / "meta.json").write_text("[]"), "not a JSON object"),
+    "cut meta": (lambda f: (f / "meta.json").write_text('{"format": 1, "dty'), "no JSON object|read as JSON"),
+    "binary meta": (lambda f: (f / "meta.json").write_bytes(b"\xff\xfe\x00"), "no JSON object|read as JSON"),
+    "list meta": (lambda f: (f / "meta.json").write_text("[]"), "no JSON object|read as JSON"),
     "other format": (lambda f: edit_meta(f, format=2), "not of format 1"),
     "no dtype": (lambda f: edit_meta(f, dtype=None), "garbles"),
     "no counts": (lambda f: edit_meta(f, train={"tokens": 24}), "garbles"),

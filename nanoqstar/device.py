@@ -1,0 +1,85 @@
+"""Where and how a model runs: device, precision, activation checkpointing, compilation."""
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils._triton import has_triton
+
+from nanoqstar import InputError
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The torch device of a `device` setting: auto, cuda, mps or cpu."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    name = wanted if wanted != "auto" else next(n for n, there in available.items() if there)
+    if not available[name]:
+        raise InputError(f"device {name} is not available here: use --device auto")
+    if name == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # a nearly full GPU has no room for gaps
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    return torch.device(name)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 products over fp32 master weights on a GPU; plain fp32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs: a C++ compiler, and on a GPU Triton."""
+    has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
+    return has_compiler and (device.type != "cuda" or has_triton())
+
+
+def compiled(function: Callable, **options: Any) -> Callable:
+    """torch.compile of a function, with the settings that our graphs need, made when first called for.
+
+    One graph a shape: scoring and both kinds of rollout step, in training and in evaluation. A
+    temperature is a setting: a graph for each, no scalars on the CPU.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.specialize_float = True
+    return torch.compile(function, **options)
+
+
+def speed_up(model: nn.Module, device: torch.device, checkpointing: float = 0.0,
+             compile: bool | None = None) -> None:
+    """Activation checkpointing and torch.compile of training, block by block; compile None: on CUDA.
+
+    checkpointing: the share of activations that the backward pass recomputes. A compiled block
+    chooses which, the cheapest ones for their size first; uncompiled, it is the share of blocks that
+    are recomputed whole. On a CPU compiling takes a minute and wins 3% of a step (measured at
+    `bench`'s cpu shape): the products are the library's either way.
+    """
+    layers = model.lm.model.layers
+    if compile or compile is None and device.type == "cuda":
+        if can_compile(device):
+            torch._functorch.config.activation_memory_budget = 1 - checkpointing
+            torch._dynamo.config.recompile_limit = 64
+            for block in layers:
+                block.compile(dynamic=False)
+            return
+        if compile:
+            raise InputError("compile=true needs a C++ compiler (on a GPU Triton, too) and none is "
+                             "found: install g++, or set --compile false")
+        print("no C++ compiler or no Triton is found, so the model runs uncompiled and far slower: "
+              "install g++")
+    for i in range(round(checkpointing * len(layers))):
+        # nothing in a block is random
+        layers[i] = checkpoint_wrapper(layers[i], preserve_rng_state=False)
+
+
+def speed_up_decoding(model: nn.Module, device: torch.device) -> None:
+    """torch.compile of decoding's steps: products with one row become kernels tuned for the GPU."""
+    if device.type != "cuda" or not can_compile(device):
+        raise InputError("compiling for decoding needs a CUDA GPU, Triton and a C++ compiler: leave "
+                         "--compile out")
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.lm.model.layers:
+        block.compile(dynamic=False, options={"coordinate_descent_tuning": True})

@@ -1,0 +1,79 @@
+"""Files that are whole or not there: JSON, atomic replacement, and a lock that a process holds."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nanoqstar import InputError
+
+try:
+    import fcntl
+except ImportError:  # on Windows: two processes in one folder are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file; InputError where the file is missing or holds anything else."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return value
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Replaces `path` in one step: whoever reads it sees the old file or the new one, whole."""
+    fresh = Path(f"{path}.new")
+    fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    sync(fresh)
+    os.replace(fresh, path)
+    sync(Path(path).parent)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    if os.path.isdir(path) and os.name == "nt":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def lock(folder: str | os.PathLike) -> Iterator[None]:
+    """Holds `folder` (made where it is not) for this process; InputError where another one does.
+
+    The lock is a file in it, LOCK, removed at the end; the system lets go of it however the process
+    ends.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    while True:
+        file = open(path, "a")  # noqa: SIM115
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise InputError(f"another process is writing {folder}: wait until it has ended, or "
+                             "choose another folder") from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # removed by its holder between our opening and our locking it: try the new one
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
