@@ -1,100 +1,142 @@
-"""python sample.py [--prompt "..."] [--key value ..]: writes on from a prompt, with a thought before every token."""
+"""python sample.py [--prompt TEXT] [--key value ..]: writes on from a prompt, with thoughts."""
+# ruff: noqa: E402
 
 import sys
+
+from configs import SampleConfig
+from nanoqstar import cli
+
+
+def main(args: list[str]) -> int:
+    """The exit code of a command line."""
+    return cli.command(args, lambda a: (cli.settings(SampleConfig, a, str(__doc__)),), "sample:run")
+
+
+if __name__ == "__main__":  # --help and typos are answered before torch is imported, for seconds
+    sys.exit(main(sys.argv[1:]))
+
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
-from configs import ConfigError, SampleConfig, help_text, parse_options
+from data import fold
 from nanoqstar import InputError, hf
-from nanoqstar.files import read_json
-from nanoqstar.quietstar import QuietStar
 from nanoqstar.device import pick_device, speed_up_decoding
+from nanoqstar.quietstar import QuietStar
 from nanoqstar.sampling import generate
-from nanoqstar.tokenizer import end_of_text_id, load_tokenizer, unknown_ids
-
-OFFICIAL_N_AHEAD = 7  # of the published 8-ahead checkpoint, whose n_ahead counts the base step as well
+from nanoqstar.tokenizer import beginning_ids, encode, end_of_text_id
 
 
-def newest_run():
-    """The checkpoint written last under out/."""
-    written = sorted(Path("out").glob("**/checkpoint/nanoqstar.json"), key=lambda p: p.stat().st_mtime)
+def newest_run() -> Path:
+    """The checkpoint written last under out/; its `.old` where a save ended between two renames."""
+    written = [file for name in ("checkpoint", "checkpoint.old")
+               for file in Path("out").glob(f"**/{name}/nanoqstar.json")]
     if not written:
-        raise InputError("there is no finished run under out/: train one (python train.py), or give --model_path")
-    return written[-1].parent
+        raise InputError("there is no finished run under out/: train one (python train.py), or "
+                         "give --model_path")
+    return max(written, key=lambda file: file.stat().st_mtime).parent
 
 
-def load(cfg, device):
-    """(model, tokenizer, n_ahead) as the settings ask for."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # reading the weights is what decoding costs
-    lm, thoughts, folder = hf.load(cfg.model_path or newest_run(), device, dtype)
-    tokenizer = load_tokenizer(folder)
-    info = folder / "nanoqstar.json"
-    trained = (read_json(info).get("config") or {}) if info.exists() else {}
-    banned = unknown_ids(tokenizer, lm.config.vocab_size)
-    model = QuietStar(lm, trained.get("thought_temperature", 1.0), banned).to(device)
-    if thoughts is None:
-        if not cfg.no_thoughts:
-            print("this model was never taught to think: writing without thoughts", file=sys.stderr)
-        return model, tokenizer, 0
-    model.load_state_dict(thoughts, strict=False)  # start, end and mixing head stay fp32
-    return model, tokenizer, 0 if cfg.no_thoughts else cfg.n_ahead or trained.get("n_ahead") or OFFICIAL_N_AHEAD
+def thought_length(cfg: SampleConfig, taught: int) -> int:
+    """K of the thoughts to write with, 0: none; taught: K of those that it was trained with."""
+    if not taught and (cfg.n_ahead or cfg.show_thoughts):
+        raise InputError("this model was never taught to think: leave --n_ahead and "
+                         "--show_thoughts out")
+    if not taught and not cfg.no_thoughts:
+        print("this model was never taught to think: writing without thoughts", file=sys.stderr)
+    if cfg.no_thoughts or not taught:
+        return 0
+    if cfg.n_ahead not in (None, taught):
+        print(f"the thoughts were trained with n_ahead {taught}: with {cfg.n_ahead} they may be "
+              "worth less", file=sys.stderr)
+    return cfg.n_ahead or taught
 
 
-def write(model, tokenizer, n_ahead, cfg, prompt, generator):
-    """Prints the prompt and its continuation token by token."""
+def known_characters(tokenizer: Tokenizer) -> str | None:
+    """All that a tokenizer of single characters knows, quoted; None of any other."""
+    ids = tokenizer.get_vocab()
+    characters = "".join(sorted(ids, key=ids.__getitem__))
+    return repr(characters) if all(len(token) == 1 for token in ids) else None
+
+
+def hint(tokenizer: Tokenizer, config: dict[str, Any]) -> str:
+    """Which prompts suit the model; config: the settings of its training."""
+    lines, known = ["one prompt a line, Ctrl-D ends"], known_characters(tokenizer)
+    if known:
+        lines.append(f"the model knows the characters {known}")
+    operands, operations = config.get("fold_operands", 0), config.get("fold_operations", 0)
+    if config.get("data") == "fold" and operands in range(2, 9) and operations in range(1, 5):
+        prompt = fold.example_prompt(operands, operations, 0)
+        lines.append(f"the demo's lines begin like {prompt}")
+    return "; ".join(lines)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The prompt's ids, after those that the tokenizer puts before a text, as in training."""
+    ids, end = beginning_ids(tokenizer), end_of_text_id(tokenizer)
+    if prompt != prompt.encode(errors="ignore").decode():  # Python has surrogates for such bytes
+        raise InputError("the prompt holds bytes that are no UTF-8 text: leave them out")
+    if not prompt:
+        if not ids and end is None:
+            raise InputError("the prompt is empty, and the tokenizer has no token to start from: "
+                             "give some text")
+        return ids or [int(end or 0)]
     try:
-        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise InputError(f"the model's tokenizer cannot encode this prompt ({error}): "
-                         "use the characters it knows") from None
-    end = end_of_text_id(tokenizer)
-    ids = ids or ([] if end is None else [end])
-    if not ids:
-        raise InputError("the prompt is empty, and the tokenizer has no end-of-text token to start from: "
-                         "give some text")
+        return ids + encode(tokenizer, prompt, "the prompt")
+    except InputError as error:
+        known = known_characters(tokenizer)
+        raise InputError(f"{error}; it knows {known}" if known else str(error)) from None
+
+
+def write(model: QuietStar, tokenizer: Tokenizer, prompt: str, n_ahead: int, cfg: SampleConfig,
+          end_ids: tuple[int, ...], generator: torch.Generator) -> None:
+    """Prints the prompt and what follows it, token by token, up to one of end_ids."""
+    def decode(ids):
+        return tokenizer.decode(ids, skip_special_tokens=False)
+
+    ids = prompt_ids(tokenizer, prompt)
     hf.check_context(model.lm.config, len(ids) + cfg.max_new_tokens + n_ahead)
-    written, shown = [], len(tokenizer.decode(ids, skip_special_tokens=False))
+    text = decode(ids)
+    shown = len(text)
     print(prompt, end="", flush=True)
-    for step in generate(model, [ids], cfg.max_new_tokens, n_ahead, cfg.temperature, cfg.top_k, cfg.top_p, generator):
-        if step.tokens.item() == end:
+    for step in generate(model, [tuple(ids)], cfg.max_new_tokens, n_ahead, cfg.temperature,
+                         cfg.top_k, cfg.top_p, generator):
+        ids.append(int(step.tokens))
+        if ids[-1] in end_ids:
             break
-        written.append(step.tokens.item())
-        if cfg.show_thoughts and n_ahead:
-            thought = tokenizer.decode(step.thoughts[0].tolist(), skip_special_tokens=False)
+        if cfg.show_thoughts:
+            thought = decode(step.thoughts[0].tolist())
             print(f"⟨{thought!r:.60} {step.mix.item():+.2f}⟩", end="")
-        text = tokenizer.decode(ids + written, skip_special_tokens=False)
+        text = decode(ids)
         if not text.endswith("\ufffd"):  # half of a character waits for the other half
             print(text[shown:], end="", flush=True)
             shown = len(text)
-    print()
+    print(text[shown:], flush=True)
 
 
-def main(args):
-    if "--help" in args or "-h" in args:
-        print(help_text(SampleConfig, __doc__.strip()))
+def run(cfg: SampleConfig) -> None:
+    """Everything a command line asks for."""
+    device = pick_device(cfg.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # weights cost most to read
+    model, tokenizer, settings = hf.load_thinker(cfg.model_path or newest_run(), device, dtype,
+                                                 tokenizer=cfg.tokenizer)
+    n_ahead = thought_length(cfg, settings.thinking.n_ahead)
+    if cfg.compile:
+        speed_up_decoding(model, device)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    if cfg.prompt is not None:
+        write(model, tokenizer, cfg.prompt, n_ahead, cfg, settings.end_ids, generator)
         return
-    try:
-        cfg = SampleConfig(**parse_options(SampleConfig, args))
-        device = pick_device(cfg.device)
-        model, tokenizer, n_ahead = load(cfg, device)
-        if cfg.compile:
-            speed_up_decoding(model, device)
-        generator = torch.Generator(device).manual_seed(cfg.seed)
-        if cfg.prompt is not None:
-            write(model, tokenizer, n_ahead, cfg, cfg.prompt, generator)
+    if hasattr(sys.stdin, "reconfigure"):  # bytes that are no UTF-8 are refused with their prompt
+        sys.stdin.reconfigure(errors="surrogateescape")
+    print(hint(tokenizer, settings.config))
+    while True:
+        try:
+            write(model, tokenizer, input("> "), n_ahead, cfg, settings.end_ids, generator)
+        except InputError as error:  # the next prompt may be better
+            print(f"error: {error}", file=sys.stderr)
+        except EOFError:
+            print()
             return
-        while True:
-            try:
-                write(model, tokenizer, n_ahead, cfg, input("> "), generator)
-            except InputError as error:  # the next prompt may be better
-                print(f"error: {error}", file=sys.stderr)
-    except (ConfigError, InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (EOFError, KeyboardInterrupt):
-        print()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,32 +1,56 @@
 """python train.py [CONFIG] [--key value ..]: trains a language model to think before every token.
 
-CONFIG is a preset (`python train.py configs` lists them; default tiny) or the path of a saved config.json.
+CONFIG is a preset (`python train.py configs` lists them; default tiny) or the path of a saved
+config.json. Ctrl-C and SIGTERM end a run after the update at hand and save it (exit codes 130, 143).
 """
 
-import dataclasses
-import json
-import math
 import sys
+
+from configs import TrainConfig, list_presets, load_config
+from nanoqstar import cli
+
+
+def read(args: list[str]) -> tuple[str, TrainConfig]:
+    """Command line -> (name of the run, its settings)."""
+    if args[:1] == ["configs"]:
+        raise cli.Answer(list_presets())
+    named = args[:1] and not args[0].startswith("-")
+    name, base = load_config(args[0] if named else "tiny")
+    usage = f"{__doc__}\nDefaults are those of {name}, and only what applies to it is listed."
+    return name, cli.settings(TrainConfig, args[1 if named else 0:], usage, base=base)
+
+
+def main(args: list[str]) -> int:
+    """The exit code of a command line."""
+    return cli.command(args, read, "train:run")
+
+
+if __name__ == "__main__":  # --help and typos are answered before torch is imported, for seconds
+    sys.exit(main(sys.argv[1:]))
+
+import dataclasses  # noqa: E402
+import math
+import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from configs import ConfigError, TrainConfig, help_text, list_presets, load_config, parse_options
 from data import fold
-from nanoqstar import InputError, hf
-from data.writer import write_dataset
+from nanoqstar import InputError, evaluate, flops, hf
 from nanoqstar.dataset import TokenDataset
-from nanoqstar.evaluate import score_text, summarize
-from nanoqstar.objective import Valid, language_model_loss, quiet_star_loss
+from nanoqstar.device import pick_device, pick_threads, speed_up
+from nanoqstar.objective import Objective, Valid
 from nanoqstar.quietstar import QuietStar, uniforms
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
-from nanoqstar.device import autocast, pick_device, speed_up
-from nanoqstar.tokenizer import load_tokenizer, unknown_ids
+from nanoqstar.runlog import RunLog, Signals, run_folder, start_wandb
+from nanoqstar.thoughts import ThoughtLayout
+from nanoqstar.tokenizer import beginning_ids, encode, load_tokenizer, unknown_ids
 
 MAX_SKIPPED = 5  # non-finite steps in a row that stop a run
 
@@ -34,81 +58,68 @@ MAX_SKIPPED = 5  # non-finite steps in a row that stop a run
 # ---- one update
 
 
-def load_batches(data, step, cfg, pin=False):
-    """An update's micro-batches, each (text, docs, uniform numbers of the thoughts), and the valid counts of all.
+def load_batches(data: TokenDataset, phase: str, step: int, cfg: TrainConfig, pin: bool = False):
+    """An update's micro-batches, each (text, docs[, uniform numbers of the thoughts]), and the valid
+    counts of all.
 
     pin: in page-locked memory, from where a GPU copies while it computes.
     """
     batches, counts = [], 0
     for first in range(0, cfg.batch_size * cfg.grad_accum, cfg.batch_size):
         index = range(first, first + cfg.batch_size)
-        text, docs = data.batch(cfg.seed, step, index, cfg.max_length + cfg.n_ahead_talk)
-        shape = (cfg.n_passes, cfg.max_length, cfg.n_ahead - 2)
-        draws = [uniforms(cfg.seed, step, index, shape)] if cfg.n_ahead else []
-        batches.append([x.pin_memory() if pin else x for x in (text, docs, *draws)])
-        counts = counts + Valid.from_docs(docs, cfg.n_ahead_talk).counts()
+        window = cfg.max_length + cfg.n_ahead_talk
+        tensors = [*data.batch(cfg.seed, phase, step, index, window)]
+        counts = counts + Valid.from_docs(tensors[1], cfg.n_ahead_talk).counts()
+        if cfg.n_ahead:
+            shape = (cfg.n_passes, cfg.max_length, cfg.n_ahead - 2)
+            tensors.append(uniforms(cfg.seed, phase, step, index, shape))
+        batches.append([x.pin_memory() if pin else x for x in tensors])
     return batches, counts
 
 
-def prefetched(data, cfg, pin):
-    """Every update's `load_batches`, each read while the update before it computes."""
+def prefetched(data: TokenDataset, phase: str, steps: range, cfg: TrainConfig, pin: bool):
+    """(step, its `load_batches`), each read while the update before it computes."""
     with ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(load_batches, data, 0, cfg, pin)
-        for step in range(cfg.max_steps):
+        upcoming = reader.submit(load_batches, data, phase, steps[0], cfg, pin)
+        for step in steps:
             now = upcoming.result()
-            if step + 1 < cfg.max_steps:
-                upcoming = reader.submit(load_batches, data, step + 1, cfg, pin)
-            yield now
+            if step + 1 < steps.stop:
+                upcoming = reader.submit(load_batches, data, phase, step + 1, cfg, pin)
+            yield step, *now
 
 
-def train_step(model, optimizer, batches, counts, step, cfg, sampler):
-    """One optimizer update; everything random is a function of (seed, step, global sample index).
+def train_step(model, optimizer, batches, counts, objective, lr, cfg, rollout=None):
+    """One optimizer update (the paper's Algorithm 1).
 
-    Returns the means of the update's losses and statistics (device tensors), the gradient norm and whether it was
-    finite.
+    batches, counts: of `load_batches`. rollout: of the thoughts; default the model's own.
+    Returns the update's means (device tensors), the last thoughts, the gradient norm, and whether it
+    was finite: if not, nothing was changed.
     """
-    device, totals = model.lm.head_weight.device, {}
+    device, totals, thoughts = model.lm.head_weight.device, {}, None
     counts = counts.to(device)
-    for batch in batches:
-        text, docs, *u = (x.to(device, non_blocking=True) for x in batch)
+    for micro_batch in batches:
+        text, docs, *u = (x.to(device, non_blocking=True) for x in micro_batch)
         if cfg.n_ahead:
-            with autocast(device):  # apart from the scoring, so that no weight cast without a gradient is used again
-                thoughts, thought_lp = sampler(text, docs, *u)  # (B, P, T, S)
-        with autocast(device):
-            if cfg.n_ahead == 0:
-                hidden = model.text_states(text[:, :cfg.max_length], docs)
-                loss, nll = language_model_loss(hidden, model.lm.head_weight, text, docs, counts[0])
-                parts = {"nll_base": nll}
-            else:
-                valid = Valid.from_docs(docs, cfg.n_ahead_talk)
-                states = model.score(text, docs, thoughts)  # one packed forward, with grad
-                loss, parts = quiet_star_loss(
-                    states, model.lm.head_weight, text, thoughts, valid, counts,
-                    base_weight=cfg.base_weight, mixed_weight=cfg.mixed_weight, policy_weight=cfg.policy_weight,
-                    clamp_advantage=cfg.clamp_advantage, normalize_advantage=cfg.normalize_advantage,
-                    reinforce_temperature=cfg.reinforce_temperature, banned=model.banned)
-                n_thoughts = cfg.n_passes * counts[-1].clamp(min=1)
-                surprise = -(thought_lp.mean(-1) * valid.policy[:, None]).sum() / n_thoughts
-                parts = {"nll_base": parts["nll_base"], "nll_talk": parts["nll_mixed"], "policy": parts["policy"],
-                         "reward": parts["mean_reward"], "gain": parts["mean_reward"] / cfg.n_ahead_talk,
-                         "positive": parts["positive"], "mix": parts["mean_mix"], "entropy": surprise}
-        loss.backward()  # already divided by the update's counts
-        for key, value in parts.items():
+            thoughts, sampled_lp = (rollout or model.rollout)(text, docs, *u)  # think: (B, P, T, S)
+            loss, stats = model.loss(text, docs, thoughts, sampled_lp, counts, objective)
+        else:
+            loss, stats = model.text_loss(text, docs, counts, cfg.n_ahead_talk)
+        loss.backward()  # shares of the update's means: micro-batches add up
+        for key, value in stats.items():
             totals[key] = totals.get(key, 0.0) + value
-    if cfg.n_ahead:
-        totals["thoughts"] = thoughts  # of the last micro-batch: what `distinct` is counted on, when it is logged
-    grad_norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], cfg.grad_clip)
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(learning, cfg.grad_clip)
     finite = bool(grad_norm.isfinite())  # waits for the device, once a step
     if finite:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg) * group["lr_factor"]
+            group["lr"] = lr * group["lr_factor"]
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return totals, grad_norm, finite
+    return totals, thoughts, grad_norm, finite
 
 
-def learning_rate(step, cfg):
-    """Linear warmup, then constant, or a cosine down to a tenth."""
+def learning_rate(step: int, cfg: TrainConfig) -> float:
+    """Linear warmup, then constant, or a cosine down to a tenth; step: updates of this phase."""
     warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
     if cfg.schedule == "constant":
         return cfg.learning_rate * warm
@@ -116,307 +127,349 @@ def learning_rate(step, cfg):
     return cfg.learning_rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def make_optimizer(model, cfg):
-    """Fused AdamW: matrices decay, norms and biases do not, start and end have their own rate (paper appendix)."""
-    model.requires_grad_(True)
-    if cfg.trainable != "all":
-        model.lm.requires_grad_(False)
-    if cfg.trainable == "mixing_head" or cfg.n_ahead == 0:
-        model.start_embedding.requires_grad_(False)
-        model.end_embedding.requires_grad_(False)
+def make_optimizer(model: QuietStar, cfg: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW: matrices decay, norms and biases do not, start and end have a rate of their own."""
+    def kind(name: str, p: torch.Tensor) -> str:
+        if name in ("start_embedding", "end_embedding"):
+            return "delimiters"
+        return "matrices" if p.dim() > 1 else "vectors"
+
+    frozen = {"all": (), "thoughts": ("lm.",), "mixing_head": ("lm.", "start_", "end_")}[cfg.trainable]
     if cfg.n_ahead == 0:
-        model.mixing_head.requires_grad_(False)
-    delimiters = {id(model.start_embedding), id(model.end_embedding)}
-    learning = [p for p in model.parameters() if p.requires_grad]
-    ordinary = [p for p in learning if id(p) not in delimiters]
-    factor = cfg.embedding_lr_factor
-    groups = [
-        {"params": [p for p in ordinary if p.dim() > 1], "weight_decay": cfg.weight_decay, "lr_factor": 1.0},
-        {"params": [p for p in ordinary if p.dim() == 1], "weight_decay": 0.0, "lr_factor": 1.0},
-        {"params": [p for p in learning if id(p) in delimiters], "weight_decay": cfg.weight_decay / factor,
-         "lr_factor": factor}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(0.9, cfg.beta2),
-                             fused=True)
+        frozen = ("start_", "end_", "mixing_head.")
+    groups = {"matrices": (1.0, cfg.weight_decay), "vectors": (1.0, 0.0),
+              "delimiters": (cfg.embedding_lr_factor, cfg.weight_decay / cfg.embedding_lr_factor)}
+    members = {name: [] for name in groups}
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(frozen) if frozen else True)
+        if p.requires_grad:
+            members[kind(name, p)].append(p)
+    return torch.optim.AdamW(
+        [{"params": members[name], "lr_factor": factor, "weight_decay": decay}
+         for name, (factor, decay) in groups.items() if members[name]],
+        lr=cfg.learning_rate, betas=(0.9, cfg.beta2), fused=True)
 
 
-def thought_sampler(model, cfg, tokenizer):
+# ---- the loop
+
+
+@dataclasses.dataclass
+class Run:
+    """What the stages of a run hand on."""
+
+    name: str
+    cfg: TrainConfig
+    log: RunLog
+    signals: Signals
+    splits: dict[str, TokenDataset]
+    model: QuietStar
+    tokenizer: Tokenizer
+    origin: hf.Settings | None  # of the model it started from
+    saved: int = 0  # the update of the newest checkpoint
+
+    @property
+    def first(self) -> int:
+        """Updates that the model has had: a continued run goes on in the data, too."""
+        return self.origin.step if self.origin else 0
+
+    @property
+    def thinking(self) -> hf.Thinking | None:
+        """How the model thinks, if it was ever taught to."""
+        if self.cfg.n_ahead:
+            return hf.Thinking(self.cfg.n_ahead, self.cfg.n_ahead_talk, self.cfg.thought_temperature)
+        taught = self.origin and self.origin.thinking.n_ahead
+        return self.origin.thinking if taught else None
+
+    def save(self, folder: str, step: int, thinking: hf.Thinking | None) -> None:
+        """Into a subfolder; a failure is said, and the run goes on with what was saved before."""
+        if self.log.guard(f"update {step} could not be saved", hf.save, self.log.folder / folder,
+                          self.model, self.tokenizer, thinking=thinking, step=step,
+                          config=dataclasses.asdict(self.cfg),
+                          source=self.origin.folder if self.origin else None):
+            self.saved = step
+
+
+def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> None:
+    """cfg.max_steps updates with evaluations, logging and checkpoints on the way.
+
+    phase: 'pretrain', 'think' or 'text'. first: updates before these. However it ends, what was
+    learned is saved.
+    """
+    model, log, last = this.model, this.log, first + cfg.max_steps
+    optimizer, rollout = make_optimizer(model, cfg), thought_sampler(model, cfg, this.tokenizer)
+    objective = Objective(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Objective)})
+    where, thinking = ("base", None) if phase == "pretrain" else ("checkpoint", this.thinking)
+    steps = prefetched(this.splits["train"], phase, range(first, last), cfg,
+                       model.lm.head_weight.is_cuda)
+    bar = tqdm(steps, desc=phase, total=cfg.max_steps, unit="step", disable=None, dynamic_ncols=True)
+    done, skipped, in_a_row, clock = first, 0, 0, Clock()
+    try:
+        for step, batches, counts in bar:
+            if phase != "pretrain" and (step - first) % cfg.eval_every == 0:
+                evaluate_now(this, step, rollout)
+                clock.start(step)
+            this.signals.check()
+            lr = learning_rate(step - first, cfg)
+            stats, thoughts, grad_norm, finite = train_step(
+                model, optimizer, batches, counts, objective, lr, cfg, rollout)
+            done, in_a_row = step + 1, 0 if finite else in_a_row + 1
+            skipped += not finite
+            if in_a_row == MAX_SKIPPED:
+                raise InputError(f"the gradient was not finite {MAX_SKIPPED} updates in a row (update "
+                                 f"{done}): lower learning_rate or policy_weight; these updates changed "
+                                 "nothing")
+            if done % cfg.log_every == 0 or done == last:
+                values = {k: float(v) for k, v in stats.items()}
+                if thoughts is not None:
+                    different = len(thoughts.flatten(0, 2).unique(dim=0))
+                    values["distinct"] = different / thoughts[..., 0].numel()
+                values |= {"grad_norm": float(grad_norm), "learning_rate": lr, "skipped": skipped,
+                           **speed(model, cfg, clock.lap(done), values)}
+                log.write(phase, done, **values)
+                log.say(line(phase, done, last, values), unless_recent=phase == "pretrain")
+            if done % cfg.save_every == 0 and done < last:
+                this.save(where, done, thinking)
+    except BaseException as end:
+        if done > first:
+            this.save(where, done, thinking)
+        if isinstance(end, cli.Interrupted):
+            raise cli.Interrupted(end.number, f"ended by {end} after update {done} of {phase}; "
+                                  + (f"what it learned is in {log.folder / where}"
+                                     if done > first else "nothing was learned yet")) from None
+        raise
+    this.save(where, last, thinking)
+
+
+class Clock:
+    """Seconds per update since the last lap."""
+
+    def __init__(self) -> None:
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        self.step, self.time = step, time.perf_counter()
+
+    def lap(self, step: int) -> float:
+        seconds = (time.perf_counter() - self.time) / max(1, step - self.step)
+        self.start(step)
+        return seconds
+
+
+def speed(model: QuietStar, cfg: TrainConfig, seconds: float, stats: dict) -> dict[str, float]:
+    """Text tokens and useful FLOPs per second; mfu, on a known GPU, their share of what it could do."""
+    config, windows = model.lm.config, cfg.batch_size * cfg.grad_accum
+    if cfg.n_ahead:
+        layout = ThoughtLayout(cfg.n_ahead, cfg.n_ahead_talk, cfg.n_passes, cfg.max_length)
+        work = flops.thinking_flops(config, layout, windows, stats["live"])
+    else:
+        work = flops.text_flops(config, cfg.max_length, windows)
+    rate = (work.sampling + work.learning) / seconds
+    peak = flops.peak_flops(model.lm.head_weight.device)
+    return {"seconds": seconds, "tokens_per_second": windows * cfg.max_length / seconds,
+            "tflops": rate / 1e12, **({"mfu": rate / peak} if peak else {})}
+
+
+def line(phase: str, done: int, last: int, values: dict[str, float]) -> str:
+    """What is shown of a row of metrics."""
+    shown = ("nll_base", "nll_talk", "policy", "reward", "gain", "positive", "mix", "entropy",
+             "distinct")
+    parts = [f"{phase} {done:5d}/{last}",
+             *(f"{k.removeprefix('nll_')} {values[k]:.3f}" for k in shown if k in values),
+             f"gnorm {values['grad_norm']:.2f}", f"lr {values['learning_rate']:.1e}",
+             f"{values['seconds'] * 1e3:.0f} ms", f"{values['tokens_per_second']:.0f} tok/s",
+             f"{values['tflops']:.3g} TFLOP/s"]
+    parts += [f"MFU {values['mfu']:.0%}"] if "mfu" in values else []
+    parts += [f"skipped {values['skipped']}"] if values["skipped"] else []
+    return "  ".join(parts)
+
+
+def thought_sampler(model: QuietStar, cfg: TrainConfig, tokenizer: Tokenizer):
     """Where thoughts come from: the model, or in a control experiment the tokens of a text, uniformly."""
     if cfg.thoughts_from is None:
         return model.rollout
     ids = torch.tensor(encode(tokenizer, cfg.thoughts_from, "thoughts_from"))
 
     def draw(text, docs, u):
-        return ids.to(u.device)[(u * len(ids)).long()], torch.full_like(u, -math.log(len(ids)))
+        drawn = ids.to(u.device)[(u * len(ids)).long()]
+        return drawn, torch.full_like(u, -math.log(len(ids)))
     return draw
 
 
-# ---- the loop
-
-
-def train(model, splits, cfg, log, tokenizer, phase, thinks=True):
-    """max_steps updates with evaluations, logging and checkpoints on the way; phase: 'pretrain', 'think' or 'text'."""
-    optimizer, sampler = make_optimizer(model, cfg), thought_sampler(model, cfg, tokenizer)
-    bar = tqdm(range(cfg.max_steps), desc=phase, unit="step", disable=None, dynamic_ncols=True)
-    skipped = in_a_row = 0
-    clock, clock_step = time.perf_counter(), 0
-    for step, (batches, counts) in zip(bar, prefetched(splits["train"], cfg, model.lm.head_weight.is_cuda)):
-        if phase != "pretrain" and step % cfg.eval_every == 0:
-            evaluate(model, splits["val"], cfg, log, tokenizer, sampler, step)
-            clock, clock_step = time.perf_counter(), step
-        totals, grad_norm, finite = train_step(model, optimizer, batches, counts, step, cfg, sampler)
-        in_a_row = 0 if finite else in_a_row + 1
-        skipped += in_a_row > 0
-        if in_a_row == MAX_SKIPPED:
-            raise InputError(f"the gradient was not finite {MAX_SKIPPED} updates in a row (step {step}): lower "
-                             "learning_rate or policy_weight; what was saved before is untouched")
-        done = step + 1
-        if done % cfg.log_every == 0 or done == cfg.max_steps:
-            seconds = (time.perf_counter() - clock) / (done - clock_step)
-            clock, clock_step = time.perf_counter(), done
-            thoughts = totals.pop("thoughts", None)
-            record = {k: float(v) for k, v in totals.items()}
-            if thoughts is not None:
-                record["distinct"] = len(thoughts.flatten(0, 2).unique(dim=0)) / thoughts[..., 0].numel()
-            tokens = cfg.batch_size * cfg.grad_accum * cfg.max_length
-            log.write(phase, done, **record, grad_norm=float(grad_norm), learning_rate=learning_rate(step, cfg),
-                      seconds=seconds, tokens_per_second=tokens / seconds, skipped=skipped)
-            shown = "  ".join(f"{k[4:] if k.startswith('nll_') else k} {v:.3f}" for k, v in record.items())
-            log.say(f"{phase} {done:5d}/{cfg.max_steps}  {shown}  gnorm {grad_norm:.2f}  "
-                    f"lr {learning_rate(step, cfg):.1e}  {seconds * 1e3:.0f} ms  {tokens / seconds:.0f} tok/s"
-                    + f"  skipped {skipped}" * (skipped > 0),
-                    quiet=phase == "pretrain" and done % (cfg.log_every * 10))
-        if phase != "pretrain" and done % cfg.save_every == 0 and done < cfg.max_steps:
-            log.save(model, done, thinks)
-
-
-def evaluate(model, val, cfg, log, tokenizer, sampler, step):
-    """Scores the same val windows every time, logs the summary and shows a few positions with their thoughts."""
-    text, docs = val.evenly(cfg.eval_windows, cfg.max_length + cfg.n_ahead_talk)
-    is_fold = cfg.data == "fold"
-    with autocast(model.lm.head_weight.device):
-        scores = score_text(model, text, docs, cfg.n_ahead, cfg.n_ahead_talk, seed=cfg.seed, batch_size=cfg.batch_size,
-                            sampler=sampler, choices=range(len(fold.LETTERS)) if is_fold else None)
-    summary = summarize(scores)
-    places = [(0, i) for i in (cfg.max_length // 4, cfg.max_length // 2, cfg.max_length - 1)]
+def evaluate_now(this: Run, step: int, rollout, final: bool = False) -> None:
+    """Scores the same val windows every time, logs the summary and shows a few thoughts; at the end
+    the table as well."""
+    cfg, log, is_fold = this.cfg, this.log, this.cfg.data == "fold"
+    text, docs = this.splits["val"].evenly(cfg.eval_windows, cfg.max_length + cfg.n_ahead_talk)
+    corpus = dict(seed=cfg.seed, operands=cfg.fold_operands, operations=cfg.fold_operations)
+    greedy = {}
+    with this.signals.at_once():  # nothing changes here
+        scores = evaluate.score_text(
+            this.model, text, docs, cfg.n_ahead, cfg.n_ahead_talk, seed=cfg.seed,
+            batch_size=cfg.batch_size, sampler=rollout, choices=fold.CHOICES if is_fold else None)
+        if is_fold and final:
+            greedy = fold.greedy_answers(this.model, text, cfg.n_ahead, **corpus)
+    summary = evaluate.summarize(scores)
+    shown = [(0, i) for i in (cfg.max_length // 4, cfg.max_length // 2, cfg.max_length - 1)]
+    rows, remarks, answers = [], [], {}
     if is_fold:
-        answers, places = fold.measure(scores, cfg.seed, cfg.fold_operands, cfg.fold_operations,
-                                       fold.vocabulary(cfg.fold_operations, cfg.fold_ordinary_frac))
-        summary |= {"answers": answers}
+        answers, shown = fold.measure(scores, **corpus)
+        summary |= {"answers": answers, **({"greedy": greedy} if final else {})}
+        rows, remarks = fold.table_rows(answers, greedy), fold.remarks(answers, greedy)
     log.write("eval", step, **summary)
-    line = f"eval at {step}: nll {summary['nll_base']:.3f}"
+    log.say(evaluate.line(step, summary, cfg.n_ahead > 0) + (
+        fold.eval_line(answers) if is_fold and cfg.n_ahead else ""))
     if cfg.n_ahead:
-        line += (f" -> {summary['nll_mixed']:.3f} with thoughts, gain {summary['gain']:+.4f} (hardest tenth "
-                 f"{summary['gain_hardest']:+.3f})")
-    if is_fold and cfg.n_ahead and "direct" in summary["answers"]:
-        direct, kinds = summary["answers"]["direct"], summary["answers"]["thoughts"]
-        line += (f", direct answers right {direct['accuracy_base']:.0%} -> {direct['accuracy_mixed']:.0%}; thoughts: "
-                 + ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items()))
-    log.say(line)
-    if cfg.n_ahead:
-        for n, i in places:
-            context, thought, target = (tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in (
-                text[n, max(0, i - 15):i + 1], scores.thoughts[n, i], text[n, i + 1:i + 2]))
-            log.say(f"  {context[-24:]!r:>28} thinks {thought!r}, then {target!r}: "
-                    f"p {scores.base_lp[n, i].exp():.2f} -> {scores.mixed_lp[n, i].exp():.2f}")
-    return summary
+        for n, i in shown:
+            log.say(evaluate.shown(scores, this.tokenizer, n, i))
+    if final:
+        log.say(evaluate.table(summary, cfg.n_ahead > 0, rows, remarks))
 
 
-# ---- setting up
+# ---- the five stages of a run
 
 
-def prepare_fold(cfg, folder):
-    """The embedded corpus as a prepared folder: one document a split."""
-    make = dict(operands=cfg.fold_operands, worked=cfg.fold_worked_frac, restated=cfg.fold_restated_frac,
-                operations=cfg.fold_operations, ordinary=cfg.fold_ordinary_frac)
-    n_val = cfg.eval_windows * (cfg.max_length + cfg.n_ahead_talk)
-    characters = fold.vocabulary(cfg.fold_operations, cfg.fold_ordinary_frac)
-    splits = {split: [fold.encode(fold.make_text(cfg.seed, split, n, **make), characters)]
-              for split, n in (("train", cfg.fold_tokens), ("val", n_val))}
-    write_dataset(folder, fold.tokenizer_json(characters), len(characters), None, splits,
-                  {"corpus": "fold", "seed": cfg.seed, **make})
-
-
-def encode(tokenizer, text, name):
-    """Ids of a setting's text; an InputError where there are none."""
-    try:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise InputError(f"{name}: the tokenizer cannot encode {text!r} ({error})") from None
-    if not ids:
-        raise InputError(f"{name}: {text!r} has no tokens under this tokenizer; choose another text")
-    return ids
-
-
-def build_model(cfg, tokenizer_path, device):
-    """The model to start from, on its device in fp32, and whether it is new (to be pre-trained first)."""
-    tokenizer, thoughts = Tokenizer.from_file(str(tokenizer_path)), None
-    if cfg.model_path is None:
-        lm = Qwen2(Qwen2Config(
-            vocab_size=tokenizer.get_vocab_size(), hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
-            num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_kv_heads,
-            head_dim=cfg.hidden_size // cfg.n_heads, max_position_embeddings=max(2048, 2 * cfg.max_length),
-            rope_theta=1e4))
-        lm.init_weights(cfg.init_std, cfg.embedding_std, cfg.seed)
-        lm = lm.to(device)
-    else:
-        lm, thoughts, folder = hf.load(cfg.model_path, device)
-        if load_tokenizer(folder).to_str() != tokenizer.to_str():
-            raise InputError(f"{tokenizer_path} is not the tokenizer of {cfg.model_path}: prepare the data again with "
-                             f"--tokenizer {cfg.model_path}")
-    if device.type == "cuda" and lm.config.head_dim < 16:
-        raise InputError(f"heads of {lm.config.head_dim} numbers: attention on a GPU needs 16 or more; lower n_heads, "
-                         "or raise hidden_size")
-    hf.check_context(lm.config, cfg.max_length + cfg.n_ahead_talk + cfg.n_ahead)
-    model = QuietStar(lm, cfg.thought_temperature, unknown_ids(tokenizer, lm.config.vocab_size)).to(device)
-    return model, thoughts, tokenizer
-
-
-def init_thoughts(model, thoughts, cfg, tokenizer):
-    """Start, end and mixing head of an earlier run where there are any, else fresh ones."""
-    start, end = (encode(tokenizer, getattr(cfg, name), name) for name in ("start_init_text", "end_init_text"))
-    model.init_thoughts(start, end, cfg.seed)
-    if thoughts is not None:  # what was trained is never initialised again, whatever start_init_text says
-        model.load_state_dict(thoughts, strict=False)
-
-
-class RunLog:
-    """The run's folder: config.json, metrics.jsonl, checkpoint/; and what is said while it runs."""
-
-    def __init__(self, out, cfg, tokenizer_json, wandb):
-        self.out, self.cfg, self.tokenizer_json, self.wandb = out, cfg, tokenizer_json, wandb
-        self.start = time.perf_counter()
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-        self.metrics = open(out / "metrics.jsonl", "w")
-
-    def write(self, kind, step, **values):
-        self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self.metrics.flush()
-        if self.wandb:
-            self.wandb.log({f"{kind}/{k}": v for k, v in values.items()})
-
-    def say(self, line, quiet=False):
-        if not quiet:
-            tqdm.write(line)
-
-    def save(self, model, step, thinks):
-        """thinks: whether start, end and mixing head were ever trained; else the language model alone is saved."""
-        hf.save(self.out / "checkpoint", model if thinks else model.lm, self.tokenizer_json,
-                {"step": step, "config": dataclasses.asdict(self.cfg)})
-
-
-def start_wandb(cfg, name):
-    try:
-        import wandb
-    except ImportError:
-        raise InputError("wandb is not installed: pip install -e '.[wandb]', or leave --wandb out") from None
-    return wandb.init(project="nanoqstar", name=name, config=dataclasses.asdict(cfg))
-
-
-def new_folder(cfg, name):
-    """The run's folder, made now; never one that holds anything already."""
-    if cfg.out_dir is not None:
-        out = Path(cfg.out_dir)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out} already holds a run or other files: choose another --out_dir, or delete it")
-    else:
-        base = Path("out") / name
-        out = next(p for n in count(1) if not (p := base if n == 1 else base.with_name(f"{base.name}-{n}")).exists())
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder {out} cannot be made ({error}): choose another --out_dir") from None
-    return out
-
-
-def run(name, cfg):
-    """Everything a configuration asks for; returns the run's folder."""
-    device = pick_device(cfg.device)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+def check(cfg: TrainConfig):
+    """Refuses what cannot work before anything is made; returns the device, the splits of prepared
+    data, and the model to start from, where there is one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("torchrun would start as many whole runs as processes: one GPU only, for now; "
+                         "run python train.py")
+    device, splits, loaded = pick_device(cfg.device), None, None
     if cfg.data != "fold":
-        TokenDataset(cfg.data, "train")  # bad input is refused before anything is made
-    if cfg.model_path is not None:
-        hf.resolve(cfg.model_path)
-    wandb = start_wandb(cfg, name) if cfg.wandb else None
-    out = new_folder(cfg, name)
-    data = Path(cfg.data)
-    if cfg.data == "fold":
-        data = out / "data"
-        prepare_fold(cfg, data)
-    splits = {split: TokenDataset(data, split) for split in ("train", "val")}
-    for split in splits.values():
-        split.last_start(cfg.max_length + cfg.n_ahead_talk)  # a window that does not fit is refused before any work
-    model, thoughts, tokenizer = build_model(cfg, splits["train"].tokenizer_path, device)
-    init_thoughts(model, thoughts, cfg, tokenizer)
-    speed_up(model, device, cfg.checkpointing, cfg.compile)
-    log = RunLog(out, cfg, tokenizer.to_str(), wandb)
-    log.say(f"{out}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, "
-            f"{splits['train'].n_tokens:,} training tokens, {device}, {torch.get_num_threads()} threads")
+        splits = open_splits(cfg, Path(cfg.data))
+    if cfg.model_path is None:
+        check_memory(cfg, new_model_config(cfg, 1), device)
+    else:
+        hf.check_context(config := hf.read_config(hf.resolve(cfg.model_path)),
+                         cfg.max_length + cfg.n_ahead_talk + cfg.n_ahead)
+        check_memory(cfg, config, device)
+        loaded = hf.load_thinker(cfg.model_path, device, tokenizer=cfg.tokenizer)
+        taught = loaded[2].config
+        if cfg.data == taught.get("data") == "fold" and cfg.seed != taught.get("seed"):
+            raise InputError(f"{cfg.model_path} learned the table of --seed {taught.get('seed')}: with "
+                             f"--seed {cfg.seed} the same letters would have other answers")
+    pick_threads(cfg.threads, loaded[0].lm.config.hidden_size if loaded else cfg.hidden_size)
+    return device, splits, loaded
+
+
+def check_memory(cfg: TrainConfig, model: Qwen2Config, device: torch.device) -> None:
+    """InputError where even the least that an update can need is more than there is."""
+    layout = ThoughtLayout(cfg.n_ahead or 3, cfg.n_ahead_talk, cfg.n_passes, cfg.max_length)
+    packed = layout.packing.n_packed if cfg.n_ahead else cfg.max_length
+    n_tokens = cfg.batch_size * packed
     if cfg.model_path is None and cfg.pretrain_steps:
-        train(model, splits, dataclasses.replace(
-            cfg, n_ahead=0, trainable="all", max_steps=cfg.pretrain_steps, batch_size=cfg.pretrain_batch_size,
-            grad_accum=1, learning_rate=cfg.pretrain_learning_rate, warmup_steps=30, schedule="cosine", beta2=0.99,
-            weight_decay=0.01,
-        ), log, tokenizer, "pretrain")
-        init_thoughts(model, thoughts, cfg, tokenizer)  # from the embeddings as they are now
-        hf.save(out / "base", model.lm, tokenizer.to_str(), {"pretrain_steps": cfg.pretrain_steps})
-    thinks = cfg.n_ahead > 0 or thoughts is not None
-    train(model, splits, cfg, log, tokenizer, "think" if cfg.n_ahead else "text", thinks)
-    summary = evaluate(model, splits["val"], cfg, log, tokenizer, thought_sampler(model, cfg, tokenizer), cfg.max_steps)
-    log.save(model, cfg.max_steps, thinks)
-    seconds = time.perf_counter() - log.start
-    log.write("end", cfg.max_steps, seconds=seconds)
-    print(table(summary, cfg.n_ahead > 0))
-    print(f"{seconds:.0f} s in all. Try it: python sample.py --model_path {out}")
-    return out
+        n_tokens = max(n_tokens, cfg.pretrain_batch_size * cfg.max_length)
+    windows = max(cfg.batch_size * cfg.grad_accum, cfg.eval_windows)
+    drawn = cfg.n_passes * cfg.max_length * max(0, cfg.n_ahead - 2)
+    for what, needed, there in (
+            ("the model and one forward", flops.least_bytes(model, n_tokens, cfg.checkpointing),
+             total_memory(device)),
+            ("the windows of an update or evaluation", windows * (16 * layout.n_text + 4 * drawn),
+             total_memory(torch.device("cpu")))):
+        if needed > there:
+            raise InputError(f"{what} would need more than {needed / 2**30:,.0f} GiB of memory, and there "
+                             f"are {there / 2**30:,.0f}: lower batch_size, n_passes, max_length, "
+                             "eval_windows or the model's sizes")
 
 
-def table(summary, thinks):
-    """What the run ends with: base beside thoughts, where there are any."""
-    rows = [("", "base", "thoughts")]
-    for style, a in summary.get("answers", {}).items():
-        if style in ("direct", "restated", "worked"):
-            rows.append((f"{style} answers right (held out, n={a['n']})", f"{a['accuracy_base']:.1%}",
-                         f"{a['accuracy_mixed']:.1%}"))
-            rows.append((f"{style} answers, NLL", f"{a['nll_base']:.3f}", f"{a['nll_mixed']:.3f}"))
-    rows.append(("all tokens, NLL", f"{summary['nll_base']:.4f}", f"{summary['nll_mixed']:.4f}"))
-    lines = ["", *(f"{what:44}{base:>10}" + f"{mixed:>10}" * thinks for what, base, mixed in rows)]
-    if thinks and "direct" in summary.get("answers", {}):
-        a = summary["answers"]
-        lines += [f"mixing weight: {a['direct']['mix']:.2f} on direct answers, "
-                  f"{a['mix_elsewhere']:.2f} off the answers",
-                  "thoughts before direct answers: " + ", ".join(f"{k} {v:.0%}" for k, v in a["thoughts"].items())]
-    if thinks:
-        deciles = " ".join(f"{g:+.3f}" for g in summary["gain_by_decile"])
-        lines += [f"gain by decile of base NLL (easy to hard): {deciles}",
-                  f"mean gain {summary['gain']:+.4f} +- {2 * summary['gain_stderr']:.4f} (2 standard errors) "
-                  "nats a token"]
-    return "\n".join(lines)
+def open_splits(cfg: TrainConfig, folder: Path) -> dict[str, TokenDataset]:
+    splits = {split: TokenDataset(folder, split) for split in ("train", "val")}
+    for split in splits.values():  # a window that does not fit is refused before any work
+        split.last_start(cfg.max_length + cfg.n_ahead_talk)
+    return splits
 
 
-def main(args):
-    usage = __doc__.strip()
-    if args[:1] == ["configs"]:
-        print(list_presets())
+def new_model_config(cfg: TrainConfig, vocab_size: int) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
+        num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads,
+        num_key_value_heads=cfg.n_kv_heads, head_dim=cfg.hidden_size // cfg.n_heads,
+        max_position_embeddings=max(2048, 2 * cfg.max_length), rope_theta=1e4)
+
+
+def prepare(name: str, cfg: TrainConfig, log: RunLog, signals: Signals, device: torch.device,
+            splits: dict[str, TokenDataset] | None, loaded) -> Run:
+    """Data and model, ready to train."""
+    if splits is None:
+        n_val = cfg.eval_windows * (cfg.max_length + cfg.n_ahead_talk)
+        fold.prepare(log.folder / "data", seed=cfg.seed, n_train=cfg.fold_tokens, n_val=n_val,
+                     operands=cfg.fold_operands, operations=cfg.fold_operations,
+                     ordinary=cfg.fold_ordinary_frac, worked=cfg.fold_worked_frac,
+                     restated=cfg.fold_restated_frac)
+        splits = open_splits(cfg, log.folder / "data")
+    data = splits["train"]
+    tokenizer, origin = load_tokenizer(data.tokenizer_path.parent), None
+    if loaded is None:
+        config = new_model_config(cfg, tokenizer.get_vocab_size())
+        hf.check_context(config, cfg.max_length + cfg.n_ahead_talk + cfg.n_ahead)
+        lm = Qwen2(config)
+        lm.init_weights(cfg.init_std, cfg.embedding_std, cfg.seed)
+        model = QuietStar(lm, banned=unknown_ids(tokenizer, config.vocab_size)).to(device)
+    else:
+        model, its_tokenizer, origin = loaded
+        if its_tokenizer.to_str() != tokenizer.to_str():
+            raise InputError(f"{data.tokenizer_path} is not the tokenizer of {cfg.model_path}: prepare the "
+                             f"data again with --tokenizer {cfg.tokenizer or cfg.model_path}")
+    model.thought_temperature = cfg.thought_temperature
+    if device.type == "cuda" and model.lm.config.head_dim < 16:
+        raise InputError(f"heads of {model.lm.config.head_dim} numbers: attention on a GPU needs 16 or "
+                         "more; lower n_heads, or raise hidden_size")
+    if (first := beginning_ids(tokenizer)) and "beginning_ids" not in data.meta:
+        log.say(f"warning: {cfg.data} was prepared without the beginning-of-text token "
+                f"({tokenizer.decode(first, skip_special_tokens=False)}) that this model knows before "
+                "every document: prepare it again")
+    this = Run(name, cfg, log, signals, splits, model, tokenizer, origin)
+    init_thoughts(this)
+    speed_up(model, device, cfg.checkpointing, cfg.compile)
+    log.say(f"{log.folder}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, "
+            f"{data.n_tokens:,} training tokens, {device}, {torch.get_num_threads()} threads")
+    return this
+
+
+def init_thoughts(this: Run) -> None:
+    """Fresh start, end and mixing head; those of an earlier run are never initialised again."""
+    if this.origin is None or not this.origin.thinking.n_ahead:
+        cfg = this.cfg
+        this.model.init_thoughts(encode(this.tokenizer, cfg.start_init_text, "start_init_text"),
+                                 encode(this.tokenizer, cfg.end_init_text, "end_init_text"), cfg.seed)
+
+
+def pretrain(this: Run) -> None:
+    """A new model learns to write first."""
+    cfg = this.cfg
+    if this.origin is not None or not cfg.pretrain_steps:
         return
-    try:
-        name, cfg = load_config(args.pop(0) if args and not args[0].startswith("-") else "tiny")
-        if "--help" in args or "-h" in args:
-            print(help_text(TrainConfig, f"{usage}\n\nDefaults are those of {name}.", cfg))
-            return
-        cfg = dataclasses.replace(cfg, **parse_options(TrainConfig, args))
-        run(name, cfg)
-    except (ConfigError, InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: what the run has saved so far is whole", file=sys.stderr)
-        sys.exit(130)
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is used up: lower batch_size (raise grad_accum), n_passes or max_length, or set "
-              "--checkpointing 1", file=sys.stderr)
-        sys.exit(2)
+    train(this, dataclasses.replace(
+        cfg, n_ahead=0, trainable="all", max_steps=cfg.pretrain_steps,
+        batch_size=cfg.pretrain_batch_size, grad_accum=1, learning_rate=cfg.pretrain_learning_rate,
+        warmup_steps=30, schedule="cosine", beta2=0.99, weight_decay=0.01, save_every=1000), "pretrain")
+    init_thoughts(this)  # from the embeddings as they are now
+    this.log.offset = cfg.pretrain_steps
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def finish(this: Run) -> None:
+    """The final evaluation, and where everything is."""
+    cfg, log, last = this.cfg, this.log, this.first + this.cfg.max_steps
+    evaluate_now(this, last, thought_sampler(this.model, cfg, this.tokenizer), final=True)
+    log.write("end", last, seconds=log.seconds)
+    prompt = ""
+    if cfg.data == "fold":
+        prompt = " --prompt " + fold.shell_prompt(cfg.fold_operands, cfg.fold_operations, cfg.seed)
+    thoughts = " --show_thoughts" if cfg.n_ahead else ""
+    log.say(f"{log.seconds:.0f} s in all. Try it: python sample.py --model_path {log.folder}{prompt}"
+            f"{thoughts}")
+    if this.saved != last:
+        raise InputError(f"the last update is not saved: make room, then go on from update {this.saved}, "
+                         f"python train.py {this.name} --model_path {log.folder}")
+
+
+def run(name: str, cfg: TrainConfig) -> None:
+    """Everything a configuration asks for."""
+    device, splits, loaded = check(cfg)
+    config = dataclasses.asdict(cfg)
+    wandb = start_wandb(name, config) if cfg.wandb else None
+    with Signals().caught() as signals, run_folder(cfg.out_dir, name) as folder:
+        this = prepare(name, cfg, RunLog(folder, config, wandb), signals, device, splits, loaded)
+        pretrain(this)
+        train(this, cfg, "think" if cfg.n_ahead else "text", this.first)
+        finish(this)

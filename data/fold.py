@@ -1,39 +1,56 @@
-"""The embedded corpus: left folds over random Latin squares, a text in which thinking pays and nothing is labelled.
+"""The embedded corpus: left folds over random Latin squares; thinking pays, nothing is labelled.
 
-A problem abcd has the steps p1 = a, p2 = p1*b, p3 = p2*c, p4 = p3*d and the answer r = p4, where * is a random 7x7
-Latin square.  Lines come in three styles, mixed at random:
+A problem abcd has the steps p1 = a, p2 = p1*b, p3 = p2*c, p4 = p3*d and the answer r = p4, where *
+is a random 7x7 Latin square.  Lines come in three styles, mixed at random:
 
     direct    abcd=r             restated  abcd=(abcd)r             worked  abcd=(p1p2p3p4)r
 
-A small model cannot compute the fold in one forward pass, but can step by step; the text holds both useful asides after
-`=(` and useless ones.  Problems whose hash is 0 mod 10 are held out: no training line of any style contains them.
-With several operations each has its own square and its sign stands between the operands, as in a*b+c; lines of ordinary
-text (the docstrings of Python's standard library) may be mixed in.
+A small model cannot compute the fold in one forward pass, but can step by step; the text holds
+both useful asides after `=(` and useless ones.  Problems whose hash is 0 mod 10 are held out: no
+training line of any style contains them.  With several operations each has its own square and its
+sign stands between the operands, as in a*b+c; lines of ordinary text (the docstrings of Python's
+standard library) may be mixed in.
+
+First the text, then its answers and what they add to the lines that a run prints.
 """
 
 import ast
 import os
 import re
 import zlib
+from collections.abc import Iterator
+from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+
+from data.writer import write_dataset
+from nanoqstar.evaluate import Row, TextScores
+from nanoqstar.quietstar import QuietStar
+from nanoqstar.sampling import generate
 
 LETTERS = "abcdefg"
 SIGNS = "*+-/"
+STYLES = ("direct", "restated", "worked")
 MAX_POOL = 100_000  # problems a text draws from, where there are more
+MAX_DOCUMENT = 2**25  # characters of a document: what is held in memory at once
 
 
-def vocabulary(operations=1, ordinary=0.0):
-    """The corpus's characters, LETTERS first."""
+# ---- the text
+
+
+def vocabulary(operations: int = 1, ordinary: float = 0.0) -> str:
+    """The corpus's characters, LETTERS first; with ordinary text, the others of ASCII come last."""
     signs = SIGNS[:operations] if operations > 1 else ""
     rest = "".join(map(chr, range(32, 127))) if ordinary else ""
     return "".join(dict.fromkeys(LETTERS + "=()\n" + signs + rest))
 
 
-def latin_squares(seed, operations=1):
-    """A random 7x7 Latin square for each sign: the cyclic one with rows, columns and symbols shuffled."""
+def latin_squares(seed: int, operations: int = 1) -> dict[str, np.ndarray]:
+    """A random 7x7 Latin square a sign: the cyclic one, rows, columns and symbols shuffled."""
     squares = {}
     for n, sign in enumerate(SIGNS[:operations]):
         rng = np.random.default_rng([seed, 1, n] if n else [seed, 1])
@@ -42,7 +59,7 @@ def latin_squares(seed, operations=1):
     return squares
 
 
-def solve(problem, squares):
+def solve(problem: str, squares: dict[str, np.ndarray]) -> str:
     """The steps p1 .. pn of a problem, as letters; the last one is the answer."""
     operands = [c for c in problem if c in LETTERS]
     signs = [c for c in problem if c in SIGNS] or SIGNS[0] * len(problem)
@@ -52,11 +69,11 @@ def solve(problem, squares):
     return "".join(LETTERS[s] for s in steps)
 
 
-def held_out(problem):
+def held_out(problem: str) -> bool:
     return zlib.crc32(problem.encode()) % 10 == 0
 
 
-def problems(operands, operations=1, seed=0):
+def problems(operands: int, operations: int = 1, seed: int = 0) -> tuple[list[str], list[str]]:
     """All problems, or MAX_POOL random ones of more: (for training, held out)."""
     signs = SIGNS[:operations] if operations > 1 else [""]
     slots = [LETTERS, *[signs, LETTERS] * (operands - 1)]
@@ -69,58 +86,101 @@ def problems(operands, operations=1, seed=0):
     return [p for p in everything if not held_out(p)], [p for p in everything if held_out(p)]
 
 
-def ordinary_lines():
-    """Lines of the standard library's docstrings, in printable ASCII: English prose that every Python has."""
-    lines = []
+@cache
+def ordinary_lines() -> list[str]:
+    """Lines of the standard library's docstrings, printable ASCII: prose that every Python has."""
+    lines: list[str] = []
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
-        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8", errors="replace"))) or ""
-        lines += [line.strip() + "\n" for line in docstring.splitlines() if line.strip() and line.isascii()]
+        tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+        lines += (line.strip() + "\n" for line in (ast.get_docstring(tree) or "").splitlines()
+                  if line.strip() and line.isascii())
     return [line for line in lines if line.rstrip("\n").isprintable()]
 
 
-def make_text(seed, split, n_characters, operands=4, worked=0.1, restated=0.3, operations=1, ordinary=0.0):
-    """Lines of the split's problems ('train' or 'val': held out), at least n_characters of them.
+def blocks(seed: int, split: str, operands: int = 4, worked: float = 0.1, restated: float = 0.3,
+           operations: int = 1, ordinary: float = 0.0) -> Iterator[np.ndarray]:
+    """The text without end, a thousand lines at a time, each block a uint8 array of ASCII.
 
-    ordinary: share of lines of ordinary text among them; a tenth of those lines appears in 'val' alone.
+    Lines of the split's problems ('train' or 'val': held out); a share `ordinary` of ordinary text
+    among them, a tenth of whose lines appears in 'val' alone.
     """
-    squares, pool = latin_squares(seed, operations), problems(operands, operations, seed)[split == "val"]
-    styles = {p: (f"{p}={s[-1]}\n", f"{p}=({p}){s[-1]}\n", f"{p}=({s}){s[-1]}\n")
-              for p, s in ((p, solve(p, squares)) for p in pool)}
-    prose = [line for line in ordinary_lines() if held_out(line) == (split == "val")] if ordinary else []
-    rng, lines, length = np.random.default_rng([seed, 2, split == "val"]), [], 0
-    while length < n_characters:
-        chosen = rng.choice(3, size=1000, p=(1 - restated - worked, restated, worked))
-        new = [styles[pool[i]][style] for i, style in zip(rng.integers(len(pool), size=1000), chosen)]
+    squares = latin_squares(seed, operations)
+    pool = problems(operands, operations, seed)[split == "val"]
+    solved = ((p, solve(p, squares)) for p in pool)
+    lines = [f"{p}={aside}{s[-1]}\n" for p, s in solved for aside in ("", f"({p})", f"({s})")]
+    if ordinary:
+        lines += [line for line in ordinary_lines() if held_out(line) == (split == "val")]
+    stored = np.frombuffer("".join(lines).encode(), dtype=np.uint8)
+    lengths = np.array([len(line) for line in lines])
+    starts, rng = lengths.cumsum() - lengths, np.random.default_rng([seed, 2, split == "val"])
+    n_styles, direct = len(STYLES), max(0.0, 1 - restated - worked)  # 1 - 0.9 - 0.1 is below 0
+    while True:
+        style = rng.choice(n_styles, size=1000, p=(direct, restated, worked))
+        chosen = n_styles * rng.integers(len(pool), size=1000) + style
         if ordinary:
-            for k in (rng.random(1000) < ordinary).nonzero()[0]:
-                new[k] = prose[rng.integers(len(prose))]
-        lines += new
-        length += sum(map(len, new))
-    return "".join(lines)
+            prose = (rng.random(1000) < ordinary).nonzero()[0]
+            chosen[prose] = rng.integers(n_styles * len(pool), len(lines), size=len(prose))
+        n = lengths[chosen]
+        yield stored[np.repeat(starts[chosen] - (n.cumsum() - n), n) + np.arange(n.sum())]
 
 
-def tokenizer_json(characters):
+def texts(seed: int, split: str, n_characters: int, **make: Any) -> Iterator[str]:
+    """At least n_characters of `blocks`, in texts of about MAX_DOCUMENT each."""
+    held, length = [], 0
+    for block in blocks(seed, split, **make):
+        held.append(block)
+        length += len(block)
+        if length >= min(n_characters, MAX_DOCUMENT):
+            yield np.concatenate(held).tobytes().decode()
+            n_characters -= length
+            held, length = [], 0
+        if n_characters <= 0:
+            return
+
+
+def make_text(seed: int, split: str, n_characters: int, **make: Any) -> str:
+    """At least n_characters of lines; make: the arguments of `blocks`."""
+    return "".join(texts(seed, split, n_characters, **make))
+
+
+def tokenizer_json(characters: str) -> str:
     """A tokenizer of single characters, in the format of the `tokenizers` library."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=None))
+    ids = {c: i for i, c in enumerate(characters)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return tokenizer.to_str()
 
 
-def encode(text, characters):
+def encode(text: str, characters: str) -> np.ndarray:
     """Ids of a text of these characters, as a uint16 array."""
     table = np.zeros(128, dtype=np.uint16)
     table[[ord(c) for c in characters]] = range(len(characters))
     return table[np.frombuffer(text.encode("ascii"), dtype=np.uint8)]
 
 
-def find_answers(window):
+def prepare(folder: str | Path, *, seed: int, n_train: int, n_val: int, **make: Any) -> None:
+    """The corpus as a prepared folder, a document a split (MAX_DOCUMENT allowing).
+
+    n_train, n_val: characters, at least.  make: the arguments of `blocks`.
+    """
+    characters = vocabulary(make["operations"], make["ordinary"])
+    splits = {split: (encode(text, characters) for text in texts(seed, split, n, **make))
+              for split, n in (("train", n_train), ("val", n_val))}
+    write_dataset(folder, tokenizer_json(characters), len(characters), None, splits,
+                  {"corpus": "fold", "seed": seed, **make})
+
+
+# ---- its answers
+
+
+def find_answers(window: str) -> list[tuple[str, int, str]]:
     """Where a window's answers stand, for the problems it shows whole.
 
-    window: its text.  Returns (style, index of the answer, problem) for every line that begins after the window's first
-    newline; the answer at index k is predicted at k - 1.
+    window: its text.  Returns (style, index of the answer, problem) for every line that begins
+    after the window's first newline; the answer at index k is predicted at k - 1.
     """
     found = []
     for line in re.finditer(r"(?<=\n)([a-g*+/-]+)=(?:\(([a-g*+/-]+)\))?([a-g])(?=\n|$)", window):
@@ -130,8 +190,18 @@ def find_answers(window):
     return found
 
 
-def kind_of_thought(thought, problem, steps):
-    """worked (the steps, in full), useful (it ends in the answer all the same), restated, or other."""
+def decode(ids: list[int], operations: int) -> str:
+    """The text of ids of this corpus, with ordinary text or without: its characters come last."""
+    characters = vocabulary(operations, ordinary=1.0)
+    return "".join(characters[i] for i in ids)
+
+
+def n_operands(problem: str) -> int:
+    return sum(map(LETTERS.count, problem))
+
+
+def kind_of_thought(thought: str, problem: str, steps: str) -> str:
+    """worked (all the steps), useful (it ends in the answer all the same), restated, or other."""
     if thought == steps:
         return "worked"
     if thought.endswith(steps[-1]) and set(thought) <= set(LETTERS):
@@ -139,33 +209,127 @@ def kind_of_thought(thought, problem, steps):
     return "restated" if thought == problem else "other"
 
 
-def measure(scores, seed, operands, operations, characters):
+def measure(scores: TextScores, *, seed: int, operands: int, operations: int,
+            ) -> tuple[dict[str, Any], list[tuple[int, int]]]:
     """Held-out answers with and without thoughts, and what the thoughts before direct answers are.
 
-    scores: `evaluate.TextScores` of windows of this corpus, choices among LETTERS.  Returns {style: {n, accuracy_base,
-    accuracy_mixed, nll_base, nll_mixed, mix}}, "thoughts": {kind: share}, "mix_elsewhere": mean mixing weight off the
-    answers; and a few direct answers' places (window, position) to show.
+    scores: of windows of this corpus, choices among LETTERS.  Returns {style: {n, accuracy_base,
+    accuracy_mixed, nll_base, nll_mixed, mix}}, "thoughts": {kind: share}, "mix_elsewhere": mean
+    mixing weight off the answers; and a few direct answers' offsets (window, position) to show.
     """
     squares, n_positions = latin_squares(seed, operations), scores.base_lp.shape[1]
-    rows, kinds, places = {}, {"worked": 0, "useful": 0, "restated": 0, "other": 0}, []
-    elsewhere = np.ones(scores.mix.shape, dtype=bool)
+    rows: dict[str, list[tuple[float, ...]]] = {}
+    kinds, shown = {"worked": 0, "useful": 0, "restated": 0, "other": 0}, []
+    elsewhere = torch.ones_like(scores.mix, dtype=torch.bool)
     for n, ids in enumerate(scores.text.tolist()):
-        for style, answer, problem in find_answers("".join(characters[i] for i in ids)):
+        for style, answer, problem in find_answers(decode(ids, operations)):
             i = answer - 1
-            if i >= n_positions or sum(c in LETTERS for c in problem) != operands:
+            if i >= n_positions or n_operands(problem) != operands:
                 continue
             elsewhere[n, i] = False
-            right = ids[answer]
             rows.setdefault(style, []).append((
-                scores.base_choice[n, i].item() == right, scores.mixed_choice[n, i].item() == right,
-                -scores.base_lp[n, i].item(), -scores.mixed_lp[n, i].item(), scores.mix[n, i].item()))
+                scores.base_choice[n, i].item() == ids[answer],
+                scores.mixed_choice[n, i].item() == ids[answer],
+                -scores.base_lp[n, i].item(), -scores.mixed_lp[n, i].item(),
+                scores.mix[n, i].item()))
             if style == "direct" and scores.thoughts.shape[-1]:
-                thought = "".join(characters[t] for t in scores.thoughts[n, i].tolist())
+                thought = decode(scores.thoughts[n, i].tolist(), operations)
                 kinds[kind_of_thought(thought, problem, solve(problem, squares))] += 1
-                places.append((n, i))
+                shown.append((n, i))
     names = ("accuracy_base", "accuracy_mixed", "nll_base", "nll_mixed", "mix")
-    result = {style: {"n": len(r), **dict(zip(names, np.mean(r, axis=0).tolist()))}
-              for style, r in sorted(rows.items())}
-    result["thoughts"] = {kind: count / max(1, sum(kinds.values())) for kind, count in kinds.items()}
-    result["mix_elsewhere"] = scores.mix.numpy()[elsewhere].mean().item()
-    return result, places[:4]
+    answers: dict[str, Any] = {
+        style: {"n": len(r), **dict(zip(names, np.mean(r, axis=0).tolist()))}
+        for style, r in sorted(rows.items())}
+    answers["thoughts"] = {kind: n / max(1, sum(kinds.values())) for kind, n in kinds.items()}
+    answers["mix_elsewhere"] = scores.mix[elsewhere].mean().item()
+    return answers, shown[:4]
+
+
+@torch.no_grad()
+def greedy_answers(model: QuietStar, text: torch.Tensor, n_ahead: int, *, seed: int, operands: int,
+                   operations: int, max_problems: int = 100) -> dict[str, Any]:
+    """What greedy decoding from the whole vocabulary answers to different held-out problems.
+
+    text: (n, T+A) ids of val windows.  A prompt is a window up to the `=` of a problem new to it,
+    with the lines before; it is continued to the end of the line, whose last letter is the answer.
+    Returns {"n": problems, "base": shares, "thoughts": shares}, the last where n_ahead > 0, shares
+    of {right, direct, restated, worked, other}: how it answers, other being no line of this text.
+    Empty where no window holds a problem and room for its answer.
+    """
+    room = operands + (operands - 1) * (operations > 1) + len("()r\n")
+    found: dict[str, list[int]] = {}  # the longest prompt: as in training, lines come before it
+    for ids in text.tolist():
+        window = decode(ids, operations)
+        for match in re.finditer(r"(?<=\n)([a-g*+/-]+)=", window):
+            problem, end = match[1], match.end()
+            if (n_operands(problem) == operands and end + room <= len(window)
+                    and window.count(f"{problem}=", 0, end) == 1):
+                found[problem] = max(found.get(problem, []), ids[:end], key=len)
+    prompts = dict(sorted(found.items(), key=lambda x: -len(x[1]))[:max_problems])
+    if not prompts:
+        return {}
+    squares, device = latin_squares(seed, operations), model.lm.head_weight.device
+
+    def shares(n_ahead):
+        steps = generate(model, list(prompts.values()), room, n_ahead, temperature=0,
+                         generator=torch.Generator(device).manual_seed(seed))
+        written = torch.stack([step.tokens for step in steps], dim=1)
+        counts = dict.fromkeys(("right", *STYLES, "other"), 0)
+        for problem, ids in zip(prompts, written.tolist()):
+            line, newline, _ = decode(ids, operations).partition("\n")
+            answer = find_answers(f"\n{problem}={line}") if newline else []
+            counts[answer[0][0] if answer else "other"] += 1
+            counts["right"] += bool(answer) and line[-1] == solve(problem, squares)[-1]
+        return {name: count / len(prompts) for name, count in counts.items()}
+
+    thoughts = {"thoughts": shares(n_ahead)} if n_ahead else {}
+    return {"n": len(prompts), "base": shares(0), **thoughts}
+
+
+# ---- its part of what a run prints
+
+
+def percentages(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+
+
+def eval_line(answers: dict[str, Any]) -> str:
+    """What an evaluation with thoughts adds to its line; answers: `measure`'s."""
+    if "direct" not in answers:
+        return ""
+    direct = answers["direct"]
+    return (f", direct answers right {direct['accuracy_base']:.0%} -> "
+            f"{direct['accuracy_mixed']:.0%}; thoughts: {percentages(answers['thoughts'])}")
+
+
+def table_rows(answers: dict[str, Any], greedy: dict[str, Any]) -> list[Row]:
+    """Of the final table (`evaluate.table`); greedy: `greedy_answers`'."""
+    rows = []
+    for style in (style for style in STYLES if style in answers):
+        a = answers[style]
+        rows += [(f"{style} answers right, of the {len(LETTERS)} letters (held out, n={a['n']})",
+                  f"{a['accuracy_base']:.1%}", f"{a['accuracy_mixed']:.1%}"),
+                 (f"{style} answers, NLL", f"{a['nll_base']:.3f}", f"{a['nll_mixed']:.3f}")]
+    if greedy:
+        thoughts = f"{greedy['thoughts']['right']:.1%}" if "thoughts" in greedy else ""
+        rows.insert(1, (f"right, greedily of all characters (held out, n={greedy['n']})",
+                        f"{greedy['base']['right']:.1%}", thoughts))
+    return rows
+
+
+def remarks(answers: dict[str, Any], greedy: dict[str, Any]) -> list[str]:
+    """Lines below the final table of a run with thoughts."""
+    lines = []
+    if "direct" in answers:
+        lines += [f"mixing weight: {answers['direct']['mix']:.2f} on direct answers, "
+                  f"{answers['mix_elsewhere']:.2f} off the answers",
+                  f"thoughts before direct answers: {percentages(answers['thoughts'])}"]
+    if "thoughts" in greedy:
+        styles = {style: share for style, share in greedy["thoughts"].items() if style != "right"}
+        lines.append(f"greedy answers with thoughts: {percentages(styles)}")
+    return lines
+
+
+def example_prompt(operands: int, operations: int, seed: int) -> str:
+    """A held-out problem to try the model on, of as many different letters as there are."""
+    return max(problems(operands, operations, seed)[1], key=lambda p: len(set(p))) + "="

@@ -1,93 +1,157 @@
-"""Writes prepared token folders: `DatasetWriter`, document by document, or `write_dataset`, at once."""
+"""Writes prepared token folders: `DatasetWriter`, bit by bit, or `write_dataset`, at once."""
 
 import hashlib
 import os
 import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nanoqstar import InputError
 from nanoqstar.dataset import FORMAT, SPLITS, partial_folder
-from nanoqstar.files import write_json
+from nanoqstar.files import LOCK, lock, sync, write_json
 
+Ids = Sequence[int] | np.ndarray
 JOURNAL = "journal.json"
+LEAST_TOKENS = 2048  # of a split, where there is text enough: room for a window of any preset
 
 
-def split_of(text, val_fraction):
-    """'val' or 'train', from a hash of the document alone: the same whatever the order of documents and files."""
+def split_of(text: str, val_fraction: float) -> str:
+    """'val' or 'train', from a hash of the document alone: the same in any order of documents."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes from a finished folder what only its preparation needed."""
+    for name in (*(f"{split}.starts" for split in SPLITS), JOURNAL, LOCK):
+        (folder / name).unlink(missing_ok=True)
 
 
 class DatasetWriter:
     """Appends documents to `<folder>.partial`, which gets its final name only when whole.
 
-    `commit` makes all that was added so far durable; a writer opened with the journal of the last commit goes on from
-    there, dropping what was written after it.  `counts[split]` has the tokens and documents added so far.
+    `commit` makes all that was added so far durable; a writer opened with the journal of the last
+    commit goes on from there, dropping what was written after it.  `counts[split]` has the tokens
+    and documents added so far.  For a `with` statement, under `files.lock` of the partial folder.
     """
 
-    def __init__(self, folder, tokenizer_json, vocab_size, end_of_text_id, journal=None):
+    def __init__(self, folder: str | os.PathLike, tokenizer_json: str, vocab_size: int,
+                 end_of_text_id: int | None, beginning_ids: Sequence[int] = (),
+                 journal: Mapping[str, Any] | None = None) -> None:
         self.folder, self.partial = Path(folder), partial_folder(folder)
-        self.tokenizer_json, self.vocab_size, self.end_of_text_id = tokenizer_json, vocab_size, end_of_text_id
         self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-        self.counts = {s: dict(journal[s]) if journal else {"tokens": 0, "documents": 0} for s in SPLITS}
+        self.meta = {"format": FORMAT, "dtype": self.dtype.name, "vocab_size": vocab_size,
+                     "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
+                     "end_of_text_id": end_of_text_id, "beginning_ids": list(beginning_ids)}
+        none = {"tokens": 0, "documents": 0}
+        self.counts = {split: dict(journal[split] if journal else none) for split in SPLITS}
+        self.state: dict[str, Any] = {}
         self.partial.mkdir(parents=True, exist_ok=True)
         (self.partial / "tokenizer.json").write_bytes(tokenizer_json.encode())
-        self.files = {}  # split -> (token ids, document starts), both raw while the folder is partial
-        for split, count in self.counts.items():
-            sizes = {"bin": count["tokens"] * self.dtype.itemsize, "starts": count["documents"] * 8}
-            self.files[split] = [open(self.partial / f"{split}.{end}", "ab") for end in sizes]
-            for file, size in zip(self.files[split], sizes.values()):
+        self._open = ExitStack()
+        self.files = {split: [self._open.enter_context((self.partial / name).open("ab"))
+                              for name in (f"{split}.bin", f"{split}.starts")] for split in SPLITS}
+        self._cut()
+
+    def __enter__(self) -> "DatasetWriter":
+        return self
+
+    def __exit__(self, failed: type | None, *error: object) -> None:
+        try:
+            self._open.close()
+        except OSError:  # a full disk does not take the rest
+            if not failed:
+                raise
+
+    def _cut(self) -> None:
+        """Drops what the files hold beyond the counts."""
+        for split, (tokens, starts) in self.files.items():
+            count = self.counts[split]
+            for file, size in ((tokens, count["tokens"] * self.dtype.itemsize),
+                               (starts, count["documents"] * 8)):
                 if os.path.getsize(file.name) < size:
-                    raise InputError(f"{file.name} is too short: delete {self.partial} and start again")
+                    raise InputError(f"{file.name} is too short: delete {self.partial} and start "
+                                     "again")
                 file.truncate(size)
 
+    def _sync(self) -> None:
+        for file in (f for files in self.files.values() for f in files):
+            file.flush()
+            os.fsync(file.fileno())
+
     @property
-    def n_tokens(self):
+    def n_tokens(self) -> int:
         return sum(count["tokens"] for count in self.counts.values())
 
-    def add(self, split, ids):
-        """Appends one document: a non-empty list or array of token ids, end-of-text included where there is one."""
+    def add(self, split: str, ids: Ids) -> None:
+        """Appends one document: token ids, not empty, with those that stand before and after it."""
         tokens, starts = self.files[split]
         tokens.write(np.asarray(ids, dtype=self.dtype).tobytes())
         starts.write(np.int64(self.counts[split]["tokens"]).tobytes())
         self.counts[split]["tokens"] += len(ids)
         self.counts[split]["documents"] += 1
 
-    def commit(self, **state):
-        """Makes all that was added durable and journals it, together with `state` (of whoever feeds the writer)."""
-        for file in (f for files in self.files.values() for f in files):
-            file.flush()
-            os.fsync(file.fileno())
+    def commit(self, **state: Any) -> None:
+        """Makes all that was added durable and journals it with `state` (of whoever feeds this)."""
+        self._sync()
         write_json(self.partial / JOURNAL, {**state, **self.counts})
+        self.state = state
 
-    def finish(self, source, val_fraction=None):
-        """Writes `meta.json` and gives the folder its final name.  source: where the text is from, JSON-able."""
-        for split, files in self.files.items():
-            for file in files:
-                file.close()
-            np.save(self.partial / f"{split}.docs.npy", np.fromfile(self.partial / f"{split}.starts", dtype=np.int64))
-        write_json(self.partial / "meta.json", {
-            "format": FORMAT, "dtype": self.dtype.name, "vocab_size": self.vocab_size,
-            "tokenizer_sha256": hashlib.sha256(self.tokenizer_json.encode()).hexdigest(),
-            "end_of_text_id": self.end_of_text_id, "val_fraction": val_fraction, "source": source, **self.counts,
-        })
+    def fill_short_split(self) -> None:
+        """Moves the last documents of the larger split to the smaller one, while that has less than
+        LEAST_TOKENS and less than a tenth of all tokens, and the larger one more than one document.
+
+        So neither is empty where there are two documents.  Call it after the last commit, or with
+        its journal: interrupted at any moment, it can be done again.
+        """
+        large, small = sorted(SPLITS, key=lambda split: self.counts[split]["tokens"], reverse=True)
+        from_, to = self.counts[large], self.counts[small]
+        least = min(LEAST_TOKENS, max(1, self.n_tokens // 10))
+        if to["tokens"] >= least or from_["documents"] < 2:
+            return
+        starts = np.fromfile(self.files[large][1].name, dtype=np.int64)
+        while to["tokens"] < least and from_["documents"] > 1:
+            first, size = int(starts[from_["documents"] - 1]), self.dtype.itemsize
+            ids = np.fromfile(self.files[large][0].name, self.dtype, from_["tokens"] - first,
+                              offset=first * size)
+            self.add(small, ids)
+            from_ |= {"tokens": first, "documents": from_["documents"] - 1}
+        self.commit(**self.state)
+        self._cut()
+
+    def finish(self, source: Mapping[str, Any], val_fraction: float | None = None) -> None:
+        """Writes meta.json and gives the folder its final name.  source: where the text is from."""
+        self._sync()
+        self._open.close()
+        for split in SPLITS:
+            offsets = self.partial / f"{split}.docs.npy"
+            np.save(offsets, np.fromfile(self.partial / f"{split}.starts", dtype=np.int64))
+            sync(offsets)
+        sync(self.partial / "tokenizer.json")
+        write_json(self.partial / "meta.json", self.meta | {
+            "val_fraction": val_fraction, "source": source, **self.counts})
         os.replace(self.partial, self.folder)
-        for leftover in ("train.starts", "val.starts", JOURNAL):  # only now: a crash before the rename can go on
-            (self.folder / leftover).unlink(missing_ok=True)
+        sync(self.folder.parent)
+        remove_leftovers(self.folder)  # only now: a crash before the rename can go on
 
 
-def write_dataset(folder, tokenizer_json, vocab_size, end_of_text_id, splits, source, val_fraction=None):
+def write_dataset(folder: str | os.PathLike, tokenizer_json: str, vocab_size: int,
+                  end_of_text_id: int | None, splits: Mapping[str, Iterable[Ids]],
+                  source: Mapping[str, Any]) -> None:
     """Writes a whole prepared folder at once, replacing one that is there.
 
     splits: {"train": documents, "val": documents}, a document being a list or array of token ids.
     end_of_text_id: None where the text has no such token.
     """
-    writer = DatasetWriter(folder, tokenizer_json, vocab_size, end_of_text_id)
-    for split, documents in splits.items():
-        for ids in documents:
-            writer.add(split, ids)
-    if (Path(folder) / "meta.json").exists():
-        shutil.rmtree(folder)
-    writer.finish(source, val_fraction)
+    with (lock(partial_folder(folder)),
+          DatasetWriter(folder, tokenizer_json, vocab_size, end_of_text_id) as writer):
+        for split, documents in splits.items():
+            for ids in documents:
+                writer.add(split, ids)
+        if (Path(folder) / "meta.json").exists():
+            shutil.rmtree(folder)
+        writer.finish(source)

@@ -1,86 +1,108 @@
 """Who attends to whom, as callables (q (B, H, N, d), k and v (B, G, M, d)) -> (B, H, N, d).
 
-Packed text and thoughts have three forms with one meaning (`thoughts.visible`), tested against each other:
-`dense` (the definition, small and slow), `TwoPart` (CPU, MPS: no quadratic mask) and `Flex` (CUDA).
+Packed text and thoughts have three forms with one meaning (`thoughts.visible`), tested against each
+other: `dense` (the definition, small and slow), `TwoPart` (CPU, MPS: no quadratic mask) and `Flex`
+(CUDA).
 """
 
+import copy
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from nanoqstar.device import can_compile, compiled
-from nanoqstar.thoughts import query_rows, visible
+from nanoqstar.thoughts import Packing, query_rows, visible
 
-POSITIONS_PER_CHUNK = 16  # of TwoPart: a chunk's scores stay in cache, its text keys end where its positions do
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# of TwoPart: a chunk's scores stay in cache, its text keys end where its positions do
+POSITIONS_PER_CHUNK = 16
 
 
-def dense(mask):
-    """Attention under a boolean mask (B or 1, 1, N, M), True = visible; None: causal over equal q and k lengths."""
-    def attend(q, k, v):
+def dense(mask: torch.Tensor | None) -> Attend:
+    """Attention under a boolean mask (B or 1, 1, N, M), True = visible; None: causal, N == M."""
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if q.is_cuda:  # where no fast kernel takes both a mask and grouped keys
             k, v = repeat_heads(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
     return attend
 
 
-def repeat_heads(q, *grouped):
+def repeat_heads(q: torch.Tensor, *grouped: torch.Tensor) -> list[torch.Tensor]:
     """Keys and values (B, G, M, d) repeated for each query head of their group."""
     return [x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in grouped]
 
 
-def few_queries(mask):
-    """`dense` for a step of decoding, whose time is that of launching kernels: three of them, and no key repeated."""
-    def attend(q, k, v):
+def few_queries(mask: torch.Tensor) -> Attend:
+    """`dense` for a step of decoding, whose time is that of launching kernels: three of them, and no
+    key repeated."""
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         grouped = q.unflatten(1, (k.shape[1], -1))  # (B, G, R, N, d)
-        scores = (grouped.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, grouped.shape[2:4]) * k.shape[-1]**-0.5
-        dtype = torch.promote_types(scores.dtype, torch.float32)
-        p = scores.to(dtype).masked_fill(~mask[:, :, None], -math.inf).softmax(-1).to(v.dtype)
+        scores = (grouped.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, grouped.shape[2:4])
+        scores = scores * k.shape[-1]**-0.5
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        p = scores.masked_fill(~mask[:, :, None], -math.inf).softmax(-1).to(v.dtype)
         return (p.flatten(2, 3) @ v).view(q.shape)
     return attend
 
 
-def text_mask(docs):
+def text_mask(docs: torch.Tensor) -> torch.Tensor:
     """Causal and within one document: docs (B, N) -> (B, 1, N, N) bool."""
     n = docs.shape[1]
     same = docs[:, None, :, None] == docs[:, None, None, :]
     return same & torch.ones(n, n, dtype=torch.bool, device=docs.device).tril()
 
 
-def minus_infinity_where(mask):
+def minus_infinity_where(mask: torch.Tensor) -> torch.Tensor:
     return torch.zeros(mask.shape, device=mask.device).masked_fill(mask, -math.inf)
 
 
 class TwoPart:
     """Queries against the text's keys and against their own group's keys, in one softmax.
 
-    The cost beyond what is visible is half a chunk of text keys and the other passes of the own group; nothing of
-    size [packed, packed] exists and grouped keys are never repeated.
+    The cost beyond what is visible is half a chunk of text keys and the other passes of the own
+    group; nothing of size [packed, packed] exists and grouped keys are never repeated.
     """
 
-    def __init__(self, packing, docs, place=None):
-        self.packing = packing
-        _, pass_, places = (x[packing.n_text:][:packing.n_group] for x in packing.describe(docs.device))
-        rows, same = query_rows(places, place), torch.zeros_like(places)  # one group: one position, one document
-        own = visible(tuple(x[rows, None] for x in (same, pass_, places, same)), (same, pass_, places, same))
+    def __init__(self, packing: Packing, docs: torch.Tensor) -> None:
+        self.packing, self.has_text = packing, True
         seen = text_mask(docs[:, :packing.n_text])
         self.text = dense(seen)
-        self.has_text = place is None or place == 0
-        self.text_bias = minus_infinity_where(~seen[:, :, :packing.n_positions])  # (B, 1, T, n_text)
-        self.own_bias = minus_infinity_where(~own)  # (n, m): the group's tokens in q, the group's keys
+        # (B, 1, T, n_text)
+        self.text_bias = minus_infinity_where(~seen[:, :, :packing.n_positions])
+        self.own_bias = self.own_bias_at(None, docs.device)
 
-    def __call__(self, q, k, v):
+    def own_bias_at(self, place: int | None, device: torch.device) -> torch.Tensor:
+        """(n, m): the group's tokens that are queries, the group's keys."""
+        packing = self.packing
+        _, pass_, places = (x[packing.n_text:][:packing.n_group] for x in packing.describe(device))
+        rows, same = query_rows(places, place), torch.zeros_like(places)  # one position, one document
+        queries = tuple(x[rows, None] for x in (same, pass_, places, same))
+        return minus_infinity_where(~visible(queries, (same, pass_, places, same)))
+
+    def at(self, place: int) -> "TwoPart":
+        """The same for the queries of one place alone (0: text and roots), against all keys."""
+        step = copy.copy(self)
+        step.own_bias, step.has_text = self.own_bias_at(place, self.own_bias.device), place == 0
+        return step
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         n_text = self.packing.n_text
-        (k_text, k_own), (v_text, v_own) = (x.split((n_text, x.shape[2] - n_text), dim=2) for x in (k, v))
+        (k_text, k_own), (v_text, v_own) = (x.split((n_text, x.shape[2] - n_text), dim=2)
+                                            for x in (k, v))
         if not self.has_text:
             return self.groups(q, k_text, v_text, k_own, v_own)
         q_text, q_own = q.split((n_text, q.shape[2] - n_text), dim=2)
-        return torch.cat((self.text(q_text, k_text, v_text), self.groups(q_own, k_text, v_text, k_own, v_own)), dim=2)
+        return torch.cat((self.text(q_text, k_text, v_text),
+                          self.groups(q_own, k_text, v_text, k_own, v_own)), dim=2)
 
-    def groups(self, q, k_text, v_text, k_own, v_own):
-        batch, kv_heads, _, d = k_text.shape
+    def groups(self, q: torch.Tensor, k_text: torch.Tensor, v_text: torch.Tensor,
+               k_own: torch.Tensor, v_own: torch.Tensor) -> torch.Tensor:
+        kv_heads, d = k_text.shape[1], k_text.shape[3]
         positions, (n, m) = self.packing.n_positions, self.own_bias.shape
         q = q.unflatten(1, (kv_heads, -1)).unflatten(3, (positions, n))  # (B, G, R, T, n, d)
         k_text, k_own = k_text * d**-0.5, k_own * d**-0.5  # there are fewer keys than queries
@@ -88,79 +110,115 @@ class TwoPart:
         outs = []
         for start in range(0, positions, POSITIONS_PER_CHUNK):
             stop = min(start + POSITIONS_PER_CHUNK, positions)
-            qc, kc, vc = q[:, :, :, start:stop], k_own[:, :, start:stop], v_own[:, :, start:stop]
-            shape = qc.shape[:-1]  # (B, G, R, t, n)
-            text = (qc.flatten(2, 4) @ k_text[:, :, :stop].transpose(-1, -2)).view(*shape, stop)
-            own = (qc.transpose(2, 3).flatten(3, 4) @ kc.transpose(-1, -2)).unflatten(3, (-1, n)).transpose(2, 3)
-            text += self.text_bias[:, :, None, start:stop, None, :stop].to(text.dtype)
+            some = slice(start, stop)
+            text = torch.einsum("bgrtnd,bgsd->bgrtns", q[:, :, :, some], k_text[:, :, :stop])
+            own = torch.einsum("bgrtnd,bgtmd->bgrtnm", q[:, :, :, some], k_own[:, :, some])
+            text += self.text_bias[:, :, None, some, None, :stop].to(text.dtype)
             own += self.own_bias.to(own.dtype)
-            scores = torch.cat((text, own), dim=-1)
-            dtype = torch.promote_types(scores.dtype, torch.float32)
-            p_text, p_own = scores.softmax(-1, dtype=dtype).to(v_text.dtype).split((stop, m), dim=-1)
-            out = (p_text.flatten(2, 4) @ v_text[:, :, :stop]).view(*shape, d)
-            out_own = (p_own.transpose(2, 3).flatten(3, 4) @ vc).unflatten(3, (-1, n)).transpose(2, 3)
-            outs.append(out + out_own)
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            p = torch.cat((text, own), dim=-1).softmax(-1, dtype=dtype).to(v_text.dtype)
+            p_text, p_own = p.split((stop, m), dim=-1)
+            outs.append(torch.einsum("bgrtns,bgsd->bgrtnd", p_text, v_text[:, :, :stop])
+                        + torch.einsum("bgrtnm,bgtmd->bgrtnd", p_own, v_own[:, :, some]))
         return torch.cat(outs, dim=3).flatten(3, 4).flatten(1, 2)  # (B, H, T*n, d)
 
 
 class Flex:
-    """flex_attention over tiles: the text up to a tile's last position, and the tiles its groups lie in (CUDA).
+    """flex_attention over tiles: the text up to a tile's last position, and the tiles its groups lie
+    in (CUDA).
 
-    A query's visible keys are two ranges and its root, so the mask inside a tile looks nothing up by key.  The tile
-    table depends on the packing alone and documents are a tensor that the mask reads, so one instance, built once and
-    compiled once, serves every batch of its shape.  Lengths are padded to whole tiles: a padded query sees the first
-    text token, a padded key is seen by none.
+    The tiles depend on the packing alone (`FlexTiles`) and documents are a tensor that the mask
+    reads, so one compiled kernel serves every batch of a shape. Each instance holds the documents of
+    its own batch: a forward that is recomputed in a backward pass sees what it saw.
+    """
+
+    def __init__(self, packing: Packing, docs: torch.Tensor, place: int | None = None,
+                 starts: torch.Tensor | None = None) -> None:
+        self.packing, self.docs = packing, docs
+        self.starts = document_starts(docs[:, :packing.n_text]) if starts is None else starts
+        self.tiles = tiles_for_shape(packing, place, docs.device)
+        self.block_mask = self.tiles.block_mask(self.starts)
+
+    def at(self, place: int) -> "Flex":
+        """The same for the queries of one place alone (0: text and roots), against all keys."""
+        return Flex(self.packing, self.docs, place, self.starts)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            # the backward kernel takes a key tile for all heads of its group in one loop: the first
+            # tiles, which nearly all queries see, would keep everything waiting
+            k, v = repeat_heads(q, k, v)
+        n_queries, (pad_q, pad_k) = q.shape[2], self.tiles.pads
+        q, k, v = (F.pad(x, (0, 0, 0, pad))
+                   for x, pad in zip((q, k, v), (pad_q, pad_k, pad_k), strict=True))
+        out = compiled_flex()(q, k, v, block_mask=self.block_mask, enable_gqa=True)
+        return out[:, :, :n_queries]
+
+
+def document_starts(docs: torch.Tensor) -> torch.Tensor:
+    """Where the document of every position begins, (B, N) int32; a document is one run of positions."""
+    index = torch.arange(docs.shape[1], device=docs.device)
+    first = F.pad(torch.where(docs[:, 1:] != docs[:, :-1], index[1:], 0), (1, 0))
+    return first.cummax(1).values.int()
+
+
+class FlexTiles:
+    """What `Flex` needs of a packing's shape: the tile table, and each query's visible ranges.
+
+    A query's visible keys are two ranges and its root, so the mask inside a tile looks nothing up by
+    key. Lengths are padded to whole tiles: a padded query sees the first text token, a padded key is
+    seen by none.
     """
 
     TILE = 128
 
-    def __init__(self, packing, batch, place, device):
+    @torch.inference_mode(False)
+    def __init__(self, packing: Packing, place: int | None, device: torch.device) -> None:
         described, rows = packing.describe(), packing.rows(place)
         position, _, places = described
         index = torch.arange(packing.n_packed)
-        root = torch.where(places < 0, index, packing.n_text + position * packing.n_group)  # a text token is its own
-        ranges = (position, index - (places - 1).clamp(min=0), index, root)  # text up to; own branch from, to; root
-        self.n_queries, self.starts = len(rows), torch.zeros(batch, packing.n_text, dtype=torch.int32, device=device)
-        self.pads = pads = [-len(x) % self.TILE for x in (rows, index)]
-        query = [F.pad(x[rows], (0, pads[0]), value=fill) for x, fill in zip(described, (0, -1, -1), strict=True)]
-        key = [F.pad(x, (0, pads[1]), value=fill) for x, fill in zip(described, (0, -1, 2**30), strict=True)]
-        counts, indices = tile_table(*(x.view(-1, self.TILE) for x in (query[0], query[2], key[0], key[2])))
-        position, first, last, root = (F.pad(x[rows], (0, pads[0])).int().to(device) for x in ranges)
-        starts = self.starts
+        # a text token is its own root
+        root = torch.where(places < 0, index, packing.n_text + position * packing.n_group)
+        # text up to; own branch from, to; root
+        ranges = (position, index - (places - 1).clamp(min=0), index, root)
+        self.pads = [-len(x) % self.TILE for x in (rows, index)]
+        query = [F.pad(x[rows], (0, self.pads[0]), value=fill)
+                 for x, fill in zip(described, (0, -1, -1), strict=True)]
+        key = [F.pad(x, (0, self.pads[1]), value=fill)
+               for x, fill in zip(described, (0, -1, 2**30), strict=True)]
+        counts, indices = tile_table(*(x.view(-1, self.TILE)
+                                       for x in (query[0], query[2], key[0], key[2])))
+        self.ranges = [F.pad(x[rows], (0, self.pads[0])).int().to(device) for x in ranges]
+        self.table = BlockMask.from_kv_blocks(
+            counts[None, None].to(device), indices[None, None].to(device), BLOCK_SIZE=self.TILE,
+            seq_lengths=(len(query[0]), len(key[0])))
 
-        def mask(b, h, q, k):
+    def block_mask(self, starts: torch.Tensor) -> BlockMask:
+        """For documents that start there, (B, n_text)."""
+        position, first, last, root = self.ranges
+
+        def mask(b, h, q, k):  # type: ignore[no-untyped-def]
             text = (starts[b, position[q]] <= k) & (k <= position[q])
             return text | ((first[q] <= k) & (k <= last[q])) | (k == root[q])
 
-        self.block_mask = BlockMask.from_kv_blocks(
-            counts[None, None].to(device), indices[None, None].to(device), BLOCK_SIZE=self.TILE, mask_mod=mask,
-            seq_lengths=(len(query[0]), len(key[0])))
-
-    def see(self, docs):
-        """The documents (B, >= n_text) of the batch that comes; each is one run of positions."""
-        docs = docs[:, :self.starts.shape[1]]
-        index = torch.arange(docs.shape[1], device=docs.device)
-        first = F.pad(torch.where(docs[:, 1:] != docs[:, :-1], index[1:], 0), (1, 0))
-        self.starts.copy_(first.cummax(1).values)
-
-    def __call__(self, q, k, v):
-        if torch.is_grad_enabled():  # the backward kernel takes a key tile for all heads of its group in one loop: the
-            k, v = repeat_heads(q, k, v)  # first tiles, which nearly all queries see, would keep everything waiting
-        pads = (self.pads[0], *2 * self.pads[1:])
-        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x, pad in zip((q, k, v), pads, strict=True))
-        return compiled_flex()(q, k, v, block_mask=self.block_mask, enable_gqa=True)[:, :, :self.n_queries]
+        block_mask = copy.copy(self.table)
+        block_mask.mask_mod = mask
+        return block_mask
 
 
-def tile_table(q_position, q_place, k_position, k_place):
-    """Which key tiles each query tile may see, as counts (Q tiles,) and indices (Q tiles, K tiles), by their ranges.
+def tile_table(q_position: torch.Tensor, q_place: torch.Tensor, k_position: torch.Tensor,
+               k_place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which key tiles each query tile may see: counts (Q tiles,) and indices (Q tiles, K tiles).
 
-    Arguments are (tiles, 128).  A superset of what is visible: the mask decides inside a tile.
+    Arguments are (tiles, 128). By their ranges: a superset of what is visible: the mask decides inside a tile.
     """
     is_text, is_own = k_place < 0, (k_place >= 0) & (k_place < 2**30)
     far = 2**30
     first_text = torch.where(is_text, k_position, far).amin(1)
-    first_own, last_own = torch.where(is_own, k_position, far).amin(1), torch.where(is_own, k_position, -far).amax(1)
-    high, thinks = q_position.amax(1, keepdim=True), q_place >= 0  # text and padding have no group
+    first_own = torch.where(is_own, k_position, far).amin(1)
+    last_own = torch.where(is_own, k_position, -far).amax(1)
+    # text and padding have no group
+    high, thinks = q_position.amax(1, keepdim=True), q_place >= 0
     first, last = (torch.where(thinks, q_position, fill) for fill in (far, -far))
     first, last = first.amin(1, keepdim=True), last.amax(1, keepdim=True)
     seen = (first_text <= high) | ((first_own <= last) & (last_own >= first))
@@ -168,21 +226,17 @@ def tile_table(q_position, q_place, k_position, k_place):
 
 
 @lru_cache
-def compiled_flex():
+def compiled_flex() -> Any:
     return compiled(flex_attention, dynamic=False)
 
 
-flex_for_shape = lru_cache(maxsize=64)(Flex)
+tiles_for_shape = lru_cache(maxsize=64)(FlexTiles)
 
 
-def packed_attention(packing, docs, place=None):
-    """The form of the packed attention that suits the device.
+def packed_attention(packing: Packing, docs: torch.Tensor) -> TwoPart | Flex:
+    """The form of the packed attention that suits the device; docs (B, >= n_text) document ids.
 
-    docs: (B, >= n_text) document ids.  place: None when queries are the whole packed sequence; else those of that place
-    alone (0: text and roots), against the keys of all: the steps of a rollout.
+    As it is for the whole packed sequence; its `at(place)` for a step of a rollout.
     """
-    if docs.is_cuda and can_compile(docs.device):
-        flex = flex_for_shape(packing, len(docs), place, docs.device)
-        flex.see(docs)
-        return flex
-    return TwoPart(packing, docs, place)
+    form = Flex if docs.is_cuda and can_compile(docs.device) else TwoPart
+    return form(packing, docs)

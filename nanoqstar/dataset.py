@@ -1,11 +1,15 @@
 """Prepared token folders, as `data/writer.py` leaves them, read by `TokenDataset`.
 
-A folder holds, for each split, the token ids (`train.bin`, raw uint16 or uint32) and the start of every document
-(`train.docs.npy`, int64); besides them `tokenizer.json` and `meta.json`, which says what the rest must look like.
+A folder holds, for each split, the token ids (`train.bin`, raw uint16 or uint32) and the start of
+every document (`train.docs.npy`, int64); besides them `tokenizer.json` and `meta.json`, which says
+what the rest must look like.
 """
 
 import hashlib
+import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,88 +19,121 @@ from nanoqstar.files import read_json
 
 FORMAT = 1
 SPLITS = ("train", "val")
+KINDS, PHASES = ("windows", "thoughts"), ("pretrain", "think", "text", "eval")
 
 
-def partial_folder(folder):
+def stream(kind: str, phase: str, step: int, index: int, seed: int) -> np.random.Generator:
+    """The random numbers of one sample: what is drawn, in which phase of a run, at which update,
+    for which global sample index.
+
+    Always five numbers, of which only the last may need more than 32 bits: numpy pads shorter seeds
+    with zeros, so that [0, 1] and [0, 1, 0] would be the same.
+    """
+    assert max(step, index) < 2**32, (step, index)
+    return np.random.default_rng([KINDS.index(kind), PHASES.index(phase), step, index, seed])
+
+
+def partial_folder(folder: str | os.PathLike) -> Path:
     """Where `folder` is written until it is whole."""
     return Path(f"{folder}.partial")
 
 
-class TokenDataset:
-    """One split ('train' or 'val') of a prepared folder, memory-mapped; all its files are checked when it is opened.
+def garbled(meta: dict[str, Any], split: str) -> bool:
+    """Whether something that reading `split` needs is missing from meta.json, or is no such."""
+    def are_counts(*values: Any) -> bool:
+        return all(type(n) is int and n >= 0 for n in values)
 
-    Attributes: `meta` (the dict of meta.json), `n_tokens`, `tokenizer_path`.
+    count, vocab_size, ids = meta.get(split), meta.get("vocab_size"), meta.get("beginning_ids", [])
+    return not (isinstance(count, dict) and meta.get("dtype") in ("uint16", "uint32")
+                and are_counts(count.get("tokens"), count.get("documents"), vocab_size)
+                and isinstance(ids, list) and are_counts(*ids))
+
+
+class TokenDataset:
+    """One split ('train' or 'val') of a prepared folder, memory-mapped.
+
+    All its files are checked when it is opened: InputError for what is missing or does not fit.
+    Attributes: `meta` (the dict of meta.json), `n_tokens`, `tokenizer_path`, and `beginning_ids`,
+    which stand before each document (None: the folder was made before there were any).
     """
 
-    def __init__(self, folder, split):
+    def __init__(self, folder: str | os.PathLike, split: str) -> None:
         folder = Path(folder)
         self.split, self.tokenizer_path = split, folder / "tokenizer.json"
         self.mend = f"delete {folder} and prepare it again (python data/prepare.py ...)"
         if not folder.is_dir():
-            hint = ": its preparation was interrupted, give the same command again" if partial_folder(
-                folder).is_dir() else ": make it with data/prepare.py (see README), or check the path"
-            raise InputError(f"there is no prepared data in {folder}{hint}")
-        for name in ("meta.json", "tokenizer.json", f"{split}.bin", f"{split}.docs.npy"):
-            self._require((folder / name).is_file(), f"{folder} has no {name}")
+            hint = "make it with data/prepare.py (see README), or check the path"
+            if partial_folder(folder).is_dir():
+                hint = "its preparation goes on or was interrupted, give the same command again"
+            raise InputError(f"there is no prepared data in {folder}: {hint}")
+        tokens, offsets = folder / f"{split}.bin", folder / f"{split}.docs.npy"
+        for file in (folder / "meta.json", self.tokenizer_path, tokens, offsets):
+            self._require(file.is_file(), f"{folder} has no {file.name}")
 
         try:
             self.meta = meta = read_json(folder / "meta.json")
         except InputError as error:
             raise InputError(f"{error}: {self.mend}") from None
-        self._require(meta.get("format") == FORMAT, f"{folder} is not of format {FORMAT}, the one this version reads")
-        count = meta.get(split)
-        whole = isinstance(count, dict) and meta.get("dtype") in ("uint16", "uint32") and all(
-            type(n) is int and n >= 0 for n in (count.get("tokens"), count.get("documents"), meta.get("vocab_size")))
-        self._require(whole, f"{folder / 'meta.json'} lacks, or garbles, dtype, vocab_size or the counts of {split}")
-        self._require(hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest() == meta.get("tokenizer_sha256"),
+        self._require(meta.get("format") == FORMAT,
+                      f"{folder} is not of format {FORMAT}, the one this version reads")
+        self._require(not garbled(meta, split), f"{folder / 'meta.json'} lacks, or garbles, dtype, "
+                      f"vocab_size, beginning_ids or the counts of {split}")
+        digest = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
+        self._require(digest == meta.get("tokenizer_sha256"),
                       f"{self.tokenizer_path} is not the tokenizer that made these tokens")
+        self.beginning_ids: list[int] | None = meta.get("beginning_ids")
+        self.n_tokens: int = meta[split]["tokens"]
 
-        self.n_tokens, dtype = count["tokens"], np.dtype(meta["dtype"])
-        size, expected = (folder / f"{split}.bin").stat().st_size, self.n_tokens * dtype.itemsize
-        self._require(size == expected, f"{folder}/{split}.bin has {size:,} bytes where meta.json says {expected:,}")
-        self._require(size > 0, f"{folder}/{split}.bin is empty")
-        self._tokens = np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r")
+        size, dtype, n = tokens.stat().st_size, np.dtype(meta["dtype"]), meta[split]["documents"]
+        expected = self.n_tokens * dtype.itemsize
+        self._require(size == expected,
+                      f"{tokens} has {size:,} bytes where meta.json says {expected:,}")
+        self._require(size > 0, f"{tokens} is empty")
+        self._tokens = np.memmap(tokens, dtype=dtype, mode="r")
         try:
-            self._starts = np.load(folder / f"{split}.docs.npy")
+            self._starts = starts = np.load(offsets)
         except (ValueError, EOFError):
-            raise InputError(f"{folder}/{split}.docs.npy cannot be read: {self.mend}") from None
-        starts = self._starts
-        self._require(starts.dtype == np.int64 and starts.shape == (count["documents"],) and len(starts)
-                      and starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < self.n_tokens,
-                      f"{folder}/{split}.docs.npy does not hold {count['documents']:,} ascending document starts")
+            raise InputError(f"{offsets} cannot be read: {self.mend}") from None
+        self._require(starts.dtype == np.int64 and starts.shape == (n,) and n and starts[0] == 0
+                      and (np.diff(starts) > 0).all() and starts[-1] < self.n_tokens,
+                      f"{offsets} does not hold {n:,} ascending document starts")
 
-    def _require(self, condition, problem):
+    def _require(self, condition: Any, problem: str) -> None:
         if not condition:
             raise InputError(f"{problem}: {self.mend}")
 
-    def last_start(self, length):
+    def last_start(self, length: int) -> int:
         """Where the last window of `length` tokens starts; InputError where not one fits."""
         if length > self.n_tokens:
-            raise InputError(f"a window of {length:,} tokens does not fit in the {self.n_tokens:,} tokens of the "
-                             f"{self.split} split: prepare more text, or lower max_length")
+            raise InputError(f"a window of {length:,} tokens does not fit in the {self.n_tokens:,} "
+                             f"tokens of the {self.split} split: prepare more text, or lower "
+                             "max_length")
         return self.n_tokens - length
 
-    def windows(self, starts, length):
+    def windows(self, starts: Iterable[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and document indices of the windows at `starts`, both (B, length) int64."""
-        starts = np.asarray(starts, dtype=np.int64)
-        assert ((starts >= 0) & (starts <= self.last_start(length))).all(), "a window reaches outside the split"
-        places = starts[:, None] + np.arange(length)  # (B, length)
-        tokens = self._tokens[places].astype(np.int64)
-        self._require(tokens.size == 0 or tokens.max() < self.meta["vocab_size"],
-                      f"the {self.split} split holds a token id beyond its vocabulary of {self.meta['vocab_size']:,}")
+        first = np.asarray(starts, dtype=np.int64)
+        inside = (first >= 0) & (first <= self.last_start(length))
+        assert inside.all(), "a window reaches outside the split"
+        places = first[:, None] + np.arange(length)  # (B, length)
+        tokens, n_ids = self._tokens[places].astype(np.int64), self.meta["vocab_size"]
+        self._require(tokens.size == 0 or tokens.max() < n_ids,
+                      f"the {self.split} split holds a token id beyond its vocabulary of {n_ids:,}")
         docs = np.searchsorted(self._starts, places, side="right") - 1
         return torch.from_numpy(tokens), torch.from_numpy(docs)
 
-    def batch(self, seed, step, indices, length):
-        """Random windows: each is a function of (seed, step, its global sample index) and of nothing else.
+    def batch(self, seed: int, phase: str, step: int, indices: Iterable[int], length: int
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random windows: each is a function of (seed, phase, step, its global sample index) alone.
 
         So neither the micro-batch size nor the number of ranks changes what a step is trained on.
         """
         last = self.last_start(length)
-        return self.windows([np.random.default_rng([seed, step, i]).integers(last + 1) for i in indices], length)
+        draws = (stream("windows", phase, step, i, seed) for i in indices)
+        return self.windows([int(rng.integers(last + 1)) for rng in draws], length)
 
-    def evenly(self, n, length):
-        """The same `n` evenly spaced windows every time (fewer where the split has fewer different ones).
+    def evenly(self, n: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same `n` evenly spaced windows every time (fewer where fewer different ones exist).
 
         They do not overlap where n * length tokens exist.
         """

@@ -3,6 +3,8 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils._triton import has_triton
 
 from nanoqstar import InputError
+
+SMALL_WIDTH = 256  # of models whose products gain little from a second thread
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -26,9 +30,9 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device(name)
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 products over fp32 master weights on a GPU; plain fp32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def autocast(device: torch.device) -> AbstractContextManager:
+    """bf16 products over fp32 master weights on a GPU; elsewhere as it is, fp32 as a rule."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 def can_compile(device: torch.device) -> bool:
@@ -83,3 +87,26 @@ def speed_up_decoding(model: nn.Module, device: torch.device) -> None:
     torch._dynamo.config.recompile_limit = 64
     for block in model.lm.model.layers:
         block.compile(dynamic=False, options={"coordinate_descent_tuning": True})
+
+
+def pick_threads(wanted: int | None, hidden_size: int) -> None:
+    """Sets torch's CPU threads: as wanted, else the cores that nobody uses.
+
+    One where products are as small as a demo's: a second thread wins little there, and on a machine
+    whose cores are taken every product waits for the slower one.
+    """
+    idle = (os.cpu_count() or 1) - round(os.getloadavg()[0] if hasattr(os, "getloadavg") else 0)
+    torch.set_num_threads(wanted or (max(1, idle) if hidden_size > SMALL_WIDTH else 1))
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or of the machine or the container that limits this process."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows
+        return 2**62
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(pages, int(text)) if text.isdecimal() else pages

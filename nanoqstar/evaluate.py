@@ -1,14 +1,18 @@
-"""What thoughts are worth on text: every token's log-prob without and with a thought, and what to read off them."""
+"""What thoughts are worth on text: each token's log-prob with and without, and what to read off."""
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from nanoqstar import InputError
+from nanoqstar.device import autocast
 from nanoqstar.head import fp32_logits, weighted_log_probs
 from nanoqstar.objective import Valid
-from nanoqstar.quietstar import uniforms
+from nanoqstar.quietstar import QuietStar, uniforms
 
-EVALUATION_STEP = 2**40  # of the uniform numbers: no training step draws the same
+Row = tuple[str, str, str]  # of the final table: what, without thoughts, with thoughts
 
 
 @dataclass
@@ -20,73 +24,119 @@ class TextScores:
     whole: torch.Tensor  # (n, T) bool: the whole lookahead is
     base_lp: torch.Tensor  # (n, T) of x_{i+1} without a thought
     mixed_lp: torch.Tensor  # (n, T) with the thought at i
-    reward: torch.Tensor  # (n, T) gain summed over the lookahead
+    reward: torch.Tensor  # (n, T) mixed - base log-prob, summed over the lookahead
     mix: torch.Tensor  # (n, T) mixing weight for x_{i+1}
     thoughts: torch.Tensor  # (n, T, S) ids
-    thought_lp: torch.Tensor  # (n, T, S) they were sampled with
-    base_choice: torch.Tensor  # (n, T) likeliest of `choices` for x_{i+1}; zeros where none were asked for
+    sampled_lp: torch.Tensor  # (n, T, S) they were sampled with
+    base_choice: torch.Tensor  # (n, T) likeliest of `choices` for x_{i+1}; zeros if none were given
     mixed_choice: torch.Tensor  # (n, T)
 
 
 @torch.no_grad()
-def score_text(model, text, docs, n_ahead, n_talk, *, seed=0, batch_size=16, sampler=None, choices=None):
-    """Scores windows with one thought per position (`TextScores`, on the CPU); n_ahead 0: without thoughts.
+def score_text(model: QuietStar, text: torch.Tensor, docs: torch.Tensor, n_ahead: int,
+               n_ahead_talk: int, *, seed: int = 0, batch_size: int = 16,
+               sampler: Callable | None = None, choices: Iterable[int] | None = None) -> TextScores:
+    """Scores windows with one thought per position (on the CPU); n_ahead 0: without thoughts.
 
-    text, docs: (n, T+A) int64.  sampler(text, docs, uniforms) -> thoughts, log-probs; default the model's rollout.
-    choices: ids among which base_choice and mixed_choice choose.
+    text, docs: (n, T+A) int64.  sampler(text, docs, uniforms) -> thoughts, log-probs; default the
+    model's rollout.  choices: ids among which base_choice and mixed_choice choose.
     """
-    head, scores = model.lm.head_weight, []
-    n_positions = text.shape[1] - n_talk
+    head, n_positions = model.lm.head_weight, text.shape[1] - n_ahead_talk
+    ids = None if choices is None else torch.tensor(list(choices), device=head.device)
+
+    def log_probs(hidden, targets):
+        rows = hidden.flatten(0, -2)
+        no_weight = torch.zeros_like(rows[:, 0])
+        lp = weighted_log_probs(rows, head, targets.flatten(), no_weight, exact=True)[1]
+        return lp.view(targets.shape)
+
+    def likeliest(hidden):
+        if ids is None:
+            return torch.zeros(hidden.shape[:-1], dtype=torch.long)
+        with torch.autocast(head.device.type, enabled=False):  # bf16 would round near ties
+            logits = fp32_logits(hidden.flatten(0, 1), head[ids])
+        return ids[logits.argmax(-1)].view(hidden.shape[:-1])
+
+    batches = []
     for start in range(0, len(text), batch_size):
         x, d = (t[start:start + batch_size].to(head.device) for t in (text, docs))
-        valid = Valid.from_docs(d, n_talk)
-        if n_ahead:
-            index = range(start, start + len(x))
-            u = uniforms(seed, EVALUATION_STEP, index, (1, n_positions, n_ahead - 2)).to(head.device)
-            thoughts, thought_lp = (sampler or model.rollout)(x, d, u)
-            states = model.score(x, d, thoughts)
-            base, mixed, mix = states.base, states.mixed[:, 0], states.mix[:, 0, :, 0]
-        else:
-            base = model.text_states(x[:, :-1], d)
-            mixed = base.unfold(1, n_talk, 1).movedim(-1, 2)
-            mix, thoughts = base.new_zeros(valid.base.shape), x.new_zeros(*valid.base.shape, 0)[:, None]
-            thought_lp = mix.new_zeros(thoughts.shape)
-
-        def log_probs(hidden, targets):
-            rows = hidden.flatten(0, -2)
-            no_weight = torch.zeros_like(rows[:, 0])
-            return weighted_log_probs(rows, head, targets.flatten(), no_weight)[1].view(targets.shape)
-
-        base_lp = log_probs(base, x[:, 1:])
-        mixed_lp = log_probs(mixed, x[:, 1:].unfold(1, n_talk, 1))
-        reward = (mixed_lp - base_lp.unfold(1, n_talk, 1)).sum(-1)
-        if choices is None:
-            choice = torch.zeros_like(valid.base, dtype=torch.long).expand(2, -1, -1)
-        else:
-            ids = torch.tensor(choices, device=head.device)
-            with torch.autocast(head.device.type, enabled=False):  # bf16 would round near ties
-                rows = torch.stack((base[:, :n_positions], mixed[:, :, 0])).flatten(0, 2)
-                choice = ids[fp32_logits(rows, head[ids]).argmax(-1)].view(2, *valid.base.shape)
-        batch = (x, valid.base, valid.policy, base_lp[:, :n_positions], mixed_lp[..., 0], reward, mix, thoughts[:, 0],
-                 thought_lp[:, 0], *choice)
-        scores.append([t.cpu() for t in batch])
-    return TextScores(*(torch.cat(parts) for parts in zip(*scores, strict=True)))
+        valid, shape = Valid.from_docs(d, n_ahead_talk), (1, n_positions, max(0, n_ahead - 2))
+        with autocast(head.device):
+            if n_ahead:
+                u = uniforms(seed, "eval", 0, range(start, start + len(x)), shape).to(head.device)
+                thoughts, sampled_lp = (sampler or model.rollout)(x, d, u)
+                states = model.score(x, d, thoughts)
+                base, mixed, mix = states.base, states.mixed[:, 0], states.mix[:, 0]
+            else:
+                base = model.text_states(x[:, :-1], d)
+                mixed = base.unfold(1, n_ahead_talk, 1).movedim(-1, 2)
+                mix = base.new_zeros(mixed.shape[:-1])
+                thoughts, sampled_lp = x.new_zeros(len(x), *shape), base.new_zeros(len(x), *shape)
+            base_lp = log_probs(base, x[:, 1:])
+            base_ahead = base_lp.unfold(1, n_ahead_talk, 1)  # (B, T, A): the same targets as mixed
+            mixed_lp = log_probs(mixed, x[:, 1:].unfold(1, n_ahead_talk, 1))
+            mixed_lp = torch.where(mix == 0, base_ahead, mixed_lp)  # as in the loss
+        batch = {"text": x, "valid": valid.base, "whole": valid.policy,
+                 "base_lp": base_ahead[..., 0], "mixed_lp": mixed_lp[..., 0],
+                 "reward": (mixed_lp - base_ahead).sum(-1), "mix": mix[..., 0],
+                 "thoughts": thoughts[:, 0], "sampled_lp": sampled_lp[:, 0],
+                 "base_choice": likeliest(base[:, :n_positions]),
+                 "mixed_choice": likeliest(mixed[:, :, 0])}
+        batches.append({name: y.cpu() for name, y in batch.items()})
+    return TextScores(**{name: torch.cat([b[name] for b in batches]) for name in batches[0]})
 
 
-def summarize(scores):
-    """Means over valid positions as a flat dict of floats; NLL and gain in nats per token, gain = base - mixed NLL."""
-    base, mixed = -scores.base_lp[scores.valid], -scores.mixed_lp[scores.valid]
+def standard_error(values: torch.Tensor, cluster: torch.Tensor) -> float | None:
+    """Of the mean of values (n,), those of one cluster (n,) being dependent; None for one cluster.
+
+    The ratio estimator's: sqrt(W / (W-1) * sum over the W clusters of (sum of deviations)^2) / n.
+    """
+    _, index = cluster.unique(return_inverse=True)
+    sums = values.new_zeros(int(index.max()) + 1).index_add(0, index, values - values.mean())
+    n = len(sums)
+    return (sums.square().sum() * n / (n - 1)).sqrt().item() / len(values) if n > 1 else None
+
+
+def summarize(scores: TextScores) -> dict[str, Any]:
+    """Means over valid positions: NLL and gain (base - mixed NLL) in nats per token x_{i+1}.
+
+    reward: nats per lookahead.  gain_by_decile: of base NLL, easy to hard; one part where there are
+    under ten tokens.  gain_stderr: clustered by window, None for one.  Raises InputError where no
+    position is valid.
+    """
+    valid, whole = scores.valid, scores.whole
+    base, mixed = -scores.base_lp[valid].double(), -scores.mixed_lp[valid].double()
     if not len(base):
-        return {}
-    order, gain = base.argsort(), base - mixed
-    deciles = [part.mean().item() for part in gain[order].tensor_split(10)] if len(base) >= 10 else []
-    summary = {"nll_base": base.mean().item(), "nll_mixed": mixed.mean().item(), "gain": gain.mean().item()}
-    if scores.thoughts.shape[-1]:
-        flat = scores.thoughts[scores.valid]
+        raise InputError("the val windows hold no two tokens of one document in a row, so there is "
+                         "nothing to score: prepare text of longer documents")
+    gain, thoughts = base - mixed, scores.thoughts[valid]
+    summary: dict[str, Any] = {"nll_base": base.mean().item(), "nll_mixed": mixed.mean().item(),
+                               "gain": gain.mean().item()}
+    if thoughts.shape[-1]:
+        parts = gain[base.argsort()].tensor_split(10) if len(gain) >= 10 else [gain]
+        deciles = [part.mean().item() for part in parts]
         summary |= {
-            "gain_hardest": deciles[-1] if deciles else gain.max().item(), "gain_by_decile": deciles,
-            "gain_stderr": (gain.std() / len(gain) ** 0.5).item(),
-            "reward": scores.reward[scores.whole].mean().item(), "mix": scores.mix[scores.valid].mean().item(),
-            "entropy": -scores.thought_lp[scores.valid].mean().item(),  # the entropy is a sample's mean surprise
-            "distinct": len(flat.unique(dim=0)) / len(flat)}
+            "gain_hardest": deciles[-1], "gain_by_decile": deciles,
+            "gain_stderr": standard_error(gain, valid.nonzero()[:, 0]),
+            "reward": scores.reward[whole].sum().item() / max(1, int(whole.sum())),
+            "mix": scores.mix[valid].mean().item(),
+            "entropy": -scores.sampled_lp[valid].mean().item(),  # is a sample's mean surprise
+            "distinct": len(thoughts.unique(dim=0)) / len(thoughts)}
     return summary
+
+
+def table(summary: dict[str, Any], thinks: bool, rows: Sequence[Row] = (),
+          remarks: Sequence[str] = ()) -> str:
+    """What a run ends with: base beside thoughts, where there are any; a corpus may add its own."""
+    rows = [("", "base", "thoughts"), *rows,
+            ("all tokens, NLL", f"{summary['nll_base']:.4f}", f"{summary['nll_mixed']:.4f}")]
+    width = max(44, *(len(what) + 1 for what, _, _ in rows))
+    lines = ["", *(f"{what:{width}}{base:>10}" + f"{thoughts:>10}" * thinks
+                   for what, base, thoughts in rows)]
+    if thinks:
+        error = summary["gain_stderr"]
+        deciles = " ".join(f"{gain:+.3f}" for gain in summary["gain_by_decile"])
+        spread = "" if error is None else f" +- {2 * error:.4f} (2 standard errors, by window)"
+        lines += [*remarks, f"gain by decile of base NLL (easy to hard): {deciles}",
+                  f"mean gain {summary['gain']:+.4f}{spread} nats a token"]
+    return "\n".join(lines)

@@ -1,48 +1,66 @@
-"""The LM head in chunks: log-probs of given targets, and inverse-CDF sampling, without a [tokens, vocabulary] tensor."""
+"""The LM head in chunks of rows: log-probs of given targets, and inverse-CDF sampling.
+
+No [tokens, vocabulary] tensor exists, and none of the loss's logits is computed twice.
+"""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from nanoqstar.device import can_compile, compiled
 
-CHUNK_LOGITS = {"cuda": 2**29, "cpu": 6_000_000}  # held at once: large products on a GPU, about the cache on a CPU
+# logits held at once: large products on a GPU, about the cache on a CPU
+CHUNK_LOGITS = {"cuda": 2**29, "cpu": 6_000_000}
 
 
-def fp32_logits(hidden, weight, banned=None, temperature=1.0):
-    """hidden @ weight.T / temperature with fp32 accumulation and at least fp32 results, banned ids at -inf.
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What products of x run in: autocast's dtype where it is on, x's own elsewhere."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
-    Under autocast the product runs in its dtype.  hidden (N, D), weight (V, D), banned (V,) bool -> (N, V).
+
+def fp32_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a @ b, accumulated and returned in `dtype`, fp32 at least."""
+    if a.dtype == dtype:
+        return a @ b
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
+
+
+def fp32_logits(hidden: torch.Tensor, weight: torch.Tensor, banned: torch.Tensor | None = None,
+                temperature: float = 1.0, rest: torch.Tensor | None = None) -> torch.Tensor:
+    """(hidden + rest) @ weight.T / temperature, fp32 at least, banned ids at -inf.
+
+    Under autocast the products run in its dtype. hidden, rest (N, D), weight (V, D), banned (V,)
+    bool -> (N, V). rest: what rounding took from hidden (`weighted_log_probs`).
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    hidden, weight = (x.to(compute_dtype(weight)) for x in (hidden, weight))
+    weight = weight.to(compute_dtype(weight)).T
     with torch.autocast(hidden.device.type, enabled=False):
-        if hidden.is_cuda and hidden.dtype != dtype:
-            logits = torch.mm(hidden, weight.T, out_dtype=dtype)
-        else:
-            logits = (hidden @ weight.T).to(dtype)
+        logits = fp32_product(hidden.to(weight.dtype), weight, dtype)
+        if rest is not None:
+            logits += fp32_product(rest, weight, dtype)
     if temperature != 1.0:
         logits /= temperature
     return logits if banned is None else logits.masked_fill_(banned, -torch.inf)
 
 
-def compute_dtype(x):
-    """What products of x run in: autocast's dtype where it is on, x's own elsewhere."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 else x.dtype
-
-
-def row_chunks(n_rows, vocab, device):
+def row_chunks(n_rows: int, vocab: int, device: torch.device) -> list[slice]:
     size = max(1, CHUNK_LOGITS.get(device.type, 2**24) // vocab)
     return [slice(start, start + size) for start in range(0, n_rows, size)]
 
 
-def log_prob_chunk(hidden, weight, target, row_weight, temperature, banned, needs_grad):
-    """Log-probs (N,) of target (N, 1), and the gradient of row_weight (N, 1) times them in the logits, (N, V) or None.
+def log_prob_chunk(hidden: torch.Tensor, rest: torch.Tensor | None, weight: torch.Tensor,
+                   target: torch.Tensor, row_weight: torch.Tensor, temperature: float,
+                   banned: torch.Tensor | None, needs_grad: bool
+                   ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probs (N,) of target (N, 1), and their gradient times row_weight (N, 1) in the logits.
 
-    hidden (N, D) and weight (V, D) of one dtype, which is the gradient's.
+    hidden and rest (N, D) and weight (V, D) of one dtype, which is that of the gradient (N, V).
     """
-    logits = fp32_logits(hidden, weight, banned, temperature)
+    logits = fp32_logits(hidden, weight, banned, temperature, rest)
     top, grad = logits.amax(-1, keepdim=True), None
     log_prob = logits.gather(-1, target) - top
     total = logits.sub_(top).exp_().sum(-1, keepdim=True)
@@ -50,68 +68,84 @@ def log_prob_chunk(hidden, weight, target, row_weight, temperature, banned, need
     if needs_grad:
         scale = row_weight / temperature
         grad = logits.mul_(-scale / total).to(weight.dtype)
-        grad.scatter_(-1, target, (-scale * log_prob.expm1()).to(weight.dtype))  # 1 - p, exact where p is almost 1
+        # 1 - p, exact where p is almost 1
+        grad.scatter_(-1, target, (-scale * log_prob.expm1()).to(weight.dtype))
     return log_prob[:, 0], grad
 
 
 @lru_cache
-def compiled_chunk():
+def compiled_chunk() -> Any:
     """On a GPU: two passes over the logits, not eleven."""
     return compiled(log_prob_chunk)
 
 
 class _WeightedLogProbs(torch.autograd.Function):
-    """Computes the gradient along with the value, so that each chunk of logits exists once and is never recomputed."""
+    """Computes the gradient along with the value, so that each chunk of logits exists once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, row_weights, temperature, banned):
+    def forward(ctx, hidden, weight, targets, row_weights, temperature, banned, exact):  # type: ignore
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         log_probs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         row_weights, compute = row_weights.to(dtype), weight.to(compute_dtype(weight))
-        chunk = compiled_chunk() if hidden.is_cuda and can_compile(hidden.device) else log_prob_chunk
+        compiles = hidden.is_cuda and can_compile(hidden.device)
+        chunk = compiled_chunk() if compiles else log_prob_chunk
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in row_chunks(len(hidden), len(weight), hidden.device):
-                h = hidden[rows].to(compute.dtype)
-                log_probs[rows], grad = chunk(h, compute, targets[rows, None], row_weights[rows, None], temperature,
-                                              banned, needs_hidden or needs_weight)
+                h, rest = hidden[rows].to(compute.dtype), None
+                if exact and h.dtype != hidden.dtype:
+                    rest = (hidden[rows] - h).to(h.dtype)
+                log_probs[rows], grad = chunk(
+                    h, rest, compute, targets[rows, None], row_weights[rows, None], temperature,
+                    banned, needs_hidden or needs_weight)
                 if needs_hidden:
                     grad_hidden[rows] = (grad @ compute).to(hidden.dtype)
                 if needs_weight and grad.dtype == grad_weight.dtype:
                     grad_weight.addmm_(grad.T, h)
                 elif needs_weight:
-                    grad_weight += torch.mm(grad.T, h, **({"out_dtype": torch.float32} if h.is_cuda else {}))
+                    grad_weight += fp32_product(grad.T, h, grad_weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(log_probs)
-        return (row_weights * log_probs).sum(), log_probs
+        # a target that cannot be has log-prob -inf, and no share in the sum where it has no weight
+        return torch.where(row_weights == 0, 0, row_weights * log_probs).sum(), log_probs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_sum, _):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return *(None if g is None else g.mul_(grad_sum) for g in (grad_hidden, grad_weight)), None, None, None, None
+    def backward(ctx, grad_sum, _):  # type: ignore
+        grads = (None if g is None else g.mul_(grad_sum) for g in ctx.saved_tensors)
+        return *grads, None, None, None, None, None
 
 
-def weighted_log_probs(hidden, weight, targets, row_weights, temperature=1.0, banned=None):
-    """sum_n row_weights[n] * log softmax(hidden[n] @ weight.T / temperature)[targets[n]], differentiable once.
+def weighted_log_probs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                       row_weights: torch.Tensor, temperature: float = 1.0,
+                       banned: torch.Tensor | None = None, exact: bool = False
+                       ) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum_n row_weights[n] * log softmax(hidden[n] @ weight.T / temperature)[targets[n]].
 
-    hidden (N, D), weight (V, D), targets (N,) int64, row_weights (N,) constants, banned (V,) bool: ids left out of the
-    softmax.  Returns the sum and the detached log-probs (N,), nats, at least fp32.  Never holds (N, V): chunks of rows.
+    hidden (N, D), weight (V, D), targets (N,) int64, row_weights (N,) constants, banned (V,) bool:
+    ids left out of the softmax. Returns the sum, differentiable once, and the detached log-probs
+    (N,), nats, fp32 at least. Never holds (N, V): chunks of rows.
+    exact: where products run in fewer bits than hidden has, what rounding takes from hidden is
+    multiplied as well. A reward is the difference of two log-probs whose hidden states differ by a
+    small mixing weight: in bf16 alone it would be rounding noise.
     """
-    assert hidden.dim() == 2 and targets.shape == row_weights.shape == hidden.shape[:1], (hidden.shape, targets.shape)
+    assert hidden.dim() == 2 and targets.shape == row_weights.shape == hidden.shape[:1], (
+        hidden.shape, targets.shape)
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
-    return _WeightedLogProbs.apply(hidden, weight, targets, row_weights, temperature, banned)
+    return _WeightedLogProbs.apply(hidden, weight, targets, row_weights, temperature, banned, exact)
 
 
 @torch.no_grad()
-def sample_tokens(hidden, weight, uniforms, temperature=1.0, banned=None):
-    """Inverse-CDF samples of softmax(logits / temperature): one id for each uniform number, lowest ids first.
+def sample_tokens(hidden: torch.Tensor, weight: torch.Tensor, uniforms: torch.Tensor,
+                  temperature: float = 1.0, banned: torch.Tensor | None = None
+                  ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse-CDF samples of softmax(logits / temperature): an id for each uniform number, lowest first.
 
-    hidden (N, D), weight (V, D), uniforms (N, n) in [0, 1).  Returns ids (N, n) and their log-probs (N, n), nats.
-    An id of zero probability is never returned, whatever the rounding.
+    hidden (N, D), weight (V, D), uniforms (N, n) in [0, 1). Returns ids (N, n) and their log-probs
+    (N, n), nats. An id of zero probability is never returned, whatever the rounding.
     """
     ids = torch.empty(uniforms.shape, dtype=torch.long, device=hidden.device)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -121,8 +155,9 @@ def sample_tokens(hidden, weight, uniforms, temperature=1.0, banned=None):
         probs = fp32_logits(hidden[rows], compute, banned, temperature).softmax(-1)
         cdf = probs.cumsum(-1)
         total = cdf[:, -1:]
-        below = torch.minimum(uniforms[rows].to(cdf.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-        # the first id whose cumulative probability exceeds it
-        ids[rows] = torch.searchsorted(cdf, below.contiguous(), right=True)
+        almost = torch.nextafter(total, torch.zeros_like(total))
+        below = torch.minimum(uniforms[rows].to(cdf.dtype) * total, almost).contiguous()
+        first = torch.searchsorted(cdf, below, right=True)  # whose share exceeds it
+        ids[rows] = first.clamp_(max=cdf.shape[-1] - 1)  # NaN: any id will do
         log_probs[rows] = probs.gather(-1, ids[rows]).log()
     return ids, log_probs

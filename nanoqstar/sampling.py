@@ -1,125 +1,182 @@
-"""Decoding over a KV cache: a thought before every new token, K - 1 dependent forwards each, or none."""
+"""Decoding over a KV cache; before every new token a thought, in K - 1 dependent forwards."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
+from nanoqstar import InputError
 from nanoqstar.attention import dense, few_queries
 from nanoqstar.head import compute_dtype, fp32_logits, sample_tokens
+from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import KVCache
 
-SLOTS = 256  # a cache's length is a multiple of it, so that blocks compiled for one prompt serve others
+SLOTS = 256  # a cache's length is a multiple of it: blocks compiled for one prompt serve others
 
 
 @dataclass
 class Step:
-    """One new token of every prompt (B,), with the thought before it (B, S) and the mixing weight it got (B,)."""
+    """One new token of every prompt (B,), the thought before it (B, S), its mixing weight (B,)."""
 
-    tokens: torch.Tensor
-    thoughts: torch.Tensor
-    mix: torch.Tensor
-    logits: torch.Tensor  # (B, V) mixed, at least fp32, unknown ids at -inf
+    tokens: Tensor
+    thoughts: Tensor
+    mix: Tensor
+    logits: Tensor  # (B, V) mixed, at least fp32, unknown ids at -inf
 
 
-def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Ids (B,) drawn from logits (B, V) after temperature, top-k, top-p, in this order; temperature 0: the likeliest.
+def sample_token(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """Ids (B,) drawn from logits (B, V) after temperature, top-k and top-p, in this order.
 
-    top_k keeps the k likeliest, top_p the fewest of the likeliest whose probabilities reach p (at least one).
+    temperature 0: the likeliest. top_k keeps the k likeliest, top_p the fewest of the likeliest
+    whose probabilities reach p (at least one).
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)  # a smaller one is rounded to 0
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # never inf or NaN
     if top_k is not None:
         kept = logits.topk(min(top_k, logits.shape[-1])).indices
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
     probs = logits.softmax(-1)
     if top_p is not None:
         ranked, order = probs.sort(descending=True, stable=True)
-        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0)  # what comes before already reaches p
-        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+        enough = ranked.cumsum(-1) - ranked >= top_p  # what comes before already reaches p
+        enough[..., 0] = False  # nothing comes before the likeliest, even where p is rounded to 0
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(enough, 0.0))
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 
-@torch.no_grad()
-def generate(model, prompts, max_new_tokens, n_ahead, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Yields a `Step` for each new token of all prompts.
+class Decoder:
+    """A batch of prompts being written on: the model, its cache, and who sees which slots of it.
 
-    prompts: non-empty lists of ids, of any lengths (shorter ones are padded on the left, where nothing looks).
-    n_ahead: K; 0 for no thoughts: the base model.  Thoughts are sampled at the model's thought temperature.
-    generator: of the model's device, for both thoughts and text.
+    The first K slots are the thought's, overwritten by the next one; text lies in the others and
+    sees text alone. All is allocated once, so that `next_logits` can be captured as a CUDA graph.
+
+    n_text: the most tokens of a prompt and what follows it. n_ahead: K; 0 for no thoughts.
     """
-    head, batch = model.lm.head_weight, len(prompts)
-    device = head.device
-    longest = max(map(len, prompts))
-    pads = torch.tensor([longest - len(p) for p in prompts], device=device)
-    text = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    n_slots = n_ahead + longest + max_new_tokens  # a thought's slots come first, and the next thought overwrites them
-    n_slots += -n_slots % SLOTS
-    cache = KVCache(model.lm.config, batch, n_slots, device, compute_dtype(head))
-    slot = torch.arange(n_slots, device=device)
-    is_text = (slot >= n_ahead + pads[:, None])[:, None, None]  # (B, 1, 1, n_slots)
 
-    def forward(x, slots, positions, last_text):
-        """Hidden states of x at `slots`: text sees text up to itself, a thought that up to `last_text` and itself."""
-        cache.slots, query = slots, slots[:, None]
-        mask = torch.where(query < n_ahead, is_text & (slot <= last_text) | (slot <= query), is_text & (slot <= query))
-        mask = mask | (slot == query)  # padding sees itself
-        used = int(last_text) + 1 if device.type == "cpu" else n_slots  # a GPU prefers one shape
-        form = few_queries if len(slots) <= 2 else dense  # a step's forwards have one token or two
-        return model.lm(x, positions, lambda q, k, v: form(mask[..., :used])(q, k[:, :, :used], v[:, :, :used]), cache)
+    def __init__(self, model: QuietStar, batch: int, n_text: int, n_ahead: int) -> None:
+        self.model, self.n_ahead, self.head = model, n_ahead, model.lm.head_weight
+        device, n_slots = self.head.device, n_ahead + n_text
+        n_slots += -n_slots % SLOTS
+        self.cache = KVCache(model.lm.config, batch, n_slots, device, compute_dtype(self.head))
+        self.slot = torch.arange(n_slots, device=device)
+        self.pads = torch.zeros(batch, dtype=torch.long, device=device)  # left of each prompt
+        self.is_text = torch.zeros(batch, 1, 1, n_slots, dtype=torch.bool, device=device)
 
-    def step(newest, n, u):
-        """The next token's logits, from the newest token (B,), which is number n (), by way of a thought (B, S)."""
-        positions = (n - pads)[:, None]
-        text_slot, x = (n + n_ahead)[None], model.lm.embed(newest)[:, None]
-        if not n_ahead:
-            hidden = forward(x, text_slot, positions, text_slot)[:, -1]
-            return fp32_logits(hidden, head, model.banned), newest[:, None][:, :0], torch.zeros_like(hidden[:, 0])
-        start, end = (e.to(x.dtype).expand(batch, 1, -1) for e in (model.start_embedding, model.end_embedding))
-        hidden = forward(torch.cat((x, start), dim=1), torch.cat((text_slot, slot[:1])),
-                         torch.cat((positions, positions + 1), dim=1), text_slot)
-        base, thought = hidden[:, 0], []
-        for k in range(1, n_ahead - 1):  # t_k from the token before it
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Reads prompts (none empty) but their last tokens; returns those (B,) and their number ().
+
+        Shorter ones are padded on the left, where nothing looks; earlier prompts are forgotten.
+        """
+        longest, device = max(map(len, prompts)), self.slot.device
+        pads = [longest - len(p) for p in prompts]
+        text = torch.tensor([[0] * n + list(p) for n, p in zip(pads, prompts)], device=device)
+        self.pads.copy_(torch.tensor(pads))
+        self.is_text.copy_((self.slot >= self.n_ahead + self.pads[:, None])[:, None, None])
+        index = torch.arange(longest, device=device)
+        if longest > 1:
+            slots = index[:-1] + self.n_ahead
+            positions = (index[:-1] - self.pads[:, None]).clamp(min=0)
+            with torch.compiler.set_stance("force_eager"):  # blocks are compiled for the steps
+                self.forward(text[:, :-1], slots, positions, slots[-1:])
+        return text[:, -1], index[-1]
+
+    def think(self, newest: Tensor, n: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """A thought (B, S) for the newest token (B,), number n (), drawn by u (B, S) in [0, 1).
+
+        Returns it and the base hidden state (B, D).
+        """
+        lm, positions, text_slot = self.model.lm, (n - self.pads)[:, None], (n + self.n_ahead)[None]
+        thought: list[Tensor] = []
+        x = lm.embed(newest)[:, None]
+        start = self.model.start_embedding.to(x.dtype).expand(len(x), 1, -1)
+        hidden = self.forward(torch.cat((x, start), dim=1), torch.cat((text_slot, self.slot[:1])),
+                              torch.cat((positions, positions + 1), dim=1), text_slot)
+        base = hidden[:, 0]
+        for k in range(1, self.n_ahead - 1):  # t_k from the token before it
             if k > 1:
-                hidden = forward(x, slot[k - 1:k], positions + k, text_slot)
-            ids, _ = sample_tokens(hidden[:, -1], head, u[:, k - 1:k], model.thought_temperature, model.banned)
-            thought.append(ids[:, 0])
-            x = model.lm.embed(thought[-1])[:, None]
-        last = slot[n_ahead - 2:n_ahead]  # t_S and end
-        talk = forward(torch.cat((x, end), dim=1), last, positions + 1 + last, text_slot)[:, -1]
-        mix = model.mixing_head(model.mixing_head.base_half(base), talk)
-        return fp32_logits(base + mix * (talk - base), head, model.banned), torch.stack(thought, dim=1), mix[:, 0]
+                x = lm.embed(thought[-1])
+                hidden = self.forward(x, self.slot[k - 1:k], positions + k, text_slot)
+            ids, _ = sample_tokens(hidden[:, -1], self.head, u[:, k - 1:k],
+                                   self.model.thought_temperature, self.model.banned)
+            thought.append(ids)
+        return torch.cat(thought, dim=1), base
 
-    if longest > 1:
-        index = torch.arange(longest - 1, device=device)
-        with torch.compiler.set_stance("force_eager"):  # blocks are compiled for the steps, not for a prompt's length
-            forward(text[:, :-1], index + n_ahead, (index - pads[:, None]).clamp(min=0), index[-1:] + n_ahead)
-    newest, run = text[:, -1], step
-    for n in torch.arange(longest - 1, longest - 1 + max_new_tokens, device=device):
-        u = torch.rand(batch, max(0, n_ahead - 2), generator=generator, device=device)
-        inputs = newest, n, u
-        if device.type == "cuda" and run is step:
-            run = Graph(step, inputs)
-        logits, thoughts, mix = run(*inputs)
-        newest = sample_token(logits, temperature, top_k, top_p, generator)
+    def next_logits(self, newest: Tensor, n: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The next token's logits (B, V), the thought (B, S) behind them, its mixing weight (B,).
+
+        Arguments as of `think`; on a GPU nothing here depends on more than their shapes.
+        """
+        model, positions, text_slot = self.model, (n - self.pads)[:, None], (n + self.n_ahead)[None]
+        if not self.n_ahead:
+            x = model.lm.embed(newest)[:, None]
+            base = self.forward(x, text_slot, positions, text_slot)[:, -1]
+            logits = fp32_logits(base, self.head, model.banned)
+            return logits, u.long(), torch.zeros_like(base[:, 0])
+        thought, base = self.think(newest, n, u)
+        x, last = model.lm.embed(thought[:, -1:]), self.slot[self.n_ahead - 2:self.n_ahead]
+        x = torch.cat((x, model.end_embedding.to(x.dtype).expand(len(x), 1, -1)), dim=1)
+        talk = self.forward(x, last, positions + 1 + last, text_slot)[:, -1]
+        mix = model.mixing_head(model.mixing_head.base_half(base), talk)
+        return fp32_logits(base + mix * (talk - base), self.head, model.banned), thought, mix[:, 0]
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, slots: Tensor, positions: Tensor, last_text: Tensor) -> Tensor:
+        """Hidden states of x at `slots`: text sees text up to itself, a thought that up to
+        `last_text` and itself."""
+        self.cache.slots, query, slot = slots, slots[:, None], self.slot
+        by_thought = self.is_text & (slot <= last_text) | (slot <= query)
+        mask = torch.where(query < self.n_ahead, by_thought, self.is_text & (slot <= query))
+        mask = mask | (slot == query)  # padding sees itself
+        used = len(slot) if slot.is_cuda else int(last_text) + 1  # a GPU prefers one shape
+        form = few_queries if len(slots) <= 2 else dense  # a step's forwards have one token or two
+        attend = form(mask[..., :used])
+        return self.model.lm(
+            x, positions, lambda q, k, v: attend(q, k[:, :, :used], v[:, :, :used]), self.cache)
+
+
+@torch.no_grad()
+def generate(model: QuietStar, prompts: Sequence[Sequence[int]], max_new_tokens: int, n_ahead: int,
+             temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+             generator: torch.Generator | None = None) -> Iterator[Step]:
+    """Yields a `Step` for each new token of all prompts: non-empty lists of ids, of any lengths.
+
+    n_ahead: K; 0 for no thoughts: the base model. Thoughts are sampled at the model's thought
+    temperature. generator: of the model's device, for thoughts and text. InputError: NaN logits.
+    """
+    decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens, n_ahead)
+    newest, n = decoder.prefill(prompts)
+    u = torch.zeros(len(prompts), max(0, n_ahead - 2), device=newest.device)
+    step = Graph(decoder.next_logits, (newest, n, u)) if newest.is_cuda else decoder.next_logits
+    for _ in range(max_new_tokens):
+        u = torch.rand(u.shape, generator=generator, device=u.device)
+        logits, thoughts, mix = step(newest, n, u)
+        if not logits.amax(-1).isfinite().all():
+            raise InputError("the model's logits are not finite (NaN or infinite): its weights are "
+                             f"damaged or too large for {decoder.head.dtype}: take others")
+        newest, n = sample_token(logits, temperature, top_k, top_p, generator), n + 1
         yield Step(newest, thoughts.clone(), mix.clone(), logits.clone())
 
 
 @lru_cache
-def side_stream():
+def side_stream() -> torch.cuda.Stream:
     """One for all captures: libraries keep a workspace for every stream they meet."""
     return torch.cuda.Stream()
 
 
 class Graph:
-    """A function of tensors, captured once as a CUDA graph and replayed: its dependent forwards launch as one."""
+    """A function of tensors, captured as a CUDA graph: its dependent forwards launch as one."""
 
-    def __init__(self, function, inputs):
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]],
+                 inputs: Sequence[Tensor]) -> None:
         self.inputs = [x.clone() for x in inputs]
         side = side_stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries allocate on their first calls, which a capture does not allow
+        with torch.cuda.stream(side):  # libraries allocate on their first calls: not in a capture
             for _ in range(2):
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
@@ -127,7 +184,7 @@ class Graph:
         with torch.cuda.graph(self.graph, stream=side):
             self.outputs = function(*self.inputs)
 
-    def __call__(self, *inputs):
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         for static, x in zip(self.inputs, inputs, strict=True):
             static.copy_(x)
         self.graph.replay()

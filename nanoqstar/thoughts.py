@@ -35,6 +35,7 @@ class Packing:
         return self.n_text + self.n_positions * self.n_group
 
     @lru_cache
+    @torch.inference_mode(False)
     def describe(self, device=None):
         """What each packed token is: its position i, its pass and its place, each (n_packed,) int64.
 
@@ -50,12 +51,14 @@ class Packing:
         return tuple(x.to(device) for x in described)
 
     @lru_cache
+    @torch.inference_mode(False)
     def rope_positions(self, device=None):
         """RoPE position of every packed token, (n_packed,)."""
         position, _, place = self.describe(device)
         return position + place + 1
 
     @lru_cache
+    @torch.inference_mode(False)
     def rows(self, place, device=None):
         """Indices of the packed tokens that are queries when a rollout has come to `place` (`query_rows`)."""
         return query_rows(self.describe()[2], place).to(device)

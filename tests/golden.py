@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from nanoqstar.hf import from_official
 from nanoqstar.head import weighted_log_probs
-from nanoqstar.objective import Valid, quiet_star_loss
+from nanoqstar.objective import Objective, Valid, quiet_star_loss
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 
@@ -60,22 +60,22 @@ def check(path):
     for weight, suffix in zip(hyper["policy_loss_betas"], ("1", "1e6"), strict=True):
         model.zero_grad()
         states = model.score(text, docs, thoughts)
-        loss, parts = quiet_star_loss(
-            states, model.lm.head_weight, text, thoughts, valid, valid.counts(), base_weight=0.5, mixed_weight=0.5,
-            policy_weight=weight, clamp_advantage=hyper["remove_negative_rewards"],
-            reinforce_temperature=hyper["reinforce_temperature"], banned=banned)
+        objective = Objective(policy_weight=weight, clamp_advantage=hyper["remove_negative_rewards"],
+                              reinforce_temperature=hyper["reinforce_temperature"])
+        loss, stats, outcome = quiet_star_loss(states, model.lm.head_weight, text, thoughts, valid,
+                                               valid.counts(), objective, banned)
         loss.backward()
         compare("total loss", loss.detach(), t[f"loss_beta{suffix}"])
-        compare("nll", 0.5 * (parts["nll_base"] + parts["nll_mixed"]), t["nll_loss"])
-        compare("policy loss", parts["policy"], t["dqn_loss"])
-        base = -parts["base_lp"][:, None, :length - 1].expand(-1, n_passes, -1).flatten(0, 1)
+        compare("nll", 0.5 * (stats["nll_base"] + stats["nll_talk"]), t["nll_loss"])
+        compare("policy loss", stats["policy"], t["dqn_loss"])
+        base = -outcome.base_lp[:, None, :length - 1].expand(-1, n_passes, -1).flatten(0, 1)
         compare("base losses", base, t["loss_stage_0"])
         for k in range(n_talk):
             rows = slice(0, length - 1 - k)
-            compare("mixed losses", -parts["mixed_lp"][:, :, rows, k].flatten(0, 1), t[f"loss_stage_{n - 1 + k}"])
+            compare("mixed losses", -outcome.mixed_lp[:, :, rows, k].flatten(0, 1), t[f"loss_stage_{n - 1 + k}"])
             compare("mixing weights", states.mix[:, :, rows, k].detach().flatten(0, 1), t[f"w_{n - 1 + k}"][:, rows, 0])
             compare("base losses", base[:, k:], t[f"base_shift_ce_{k}"])
-        compare("rewards", parts["reward"][:, :, :length - 1 - n_talk].flatten(0, 1), t["policy_reward"])
+        compare("rewards", outcome.reward[:, :, :length - 1 - n_talk].flatten(0, 1), t["policy_reward"])
         rows = states.thought.detach().flatten(0, 3)
         _, log_probs = weighted_log_probs(rows, model.lm.head_weight.detach(), thoughts.flatten(), rows[:, 0] * 0,
                                           hyper["reinforce_temperature"], banned)

@@ -49,10 +49,14 @@ def assert_same(ours, reference, qkv, tolerance, gradients=True):
         assert a.shape == b.shape and ((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3))
 
 
+def at(attend, place):
+    return attend if place is None else attend.at(place)
+
+
 @pytest.mark.parametrize("packing, place", EVERY_PLACE, ids=name)
 def test_two_part_is_dense(packing, place):
     docs, qkv = random_docs(packing), random_qkv(packing, place)
-    assert_same(TwoPart(packing, docs, place)(*qkv), dense(mask_of(packing, docs, place))(*qkv), qkv, 1e-13)
+    assert_same(at(TwoPart(packing, docs), place)(*qkv), dense(mask_of(packing, docs, place))(*qkv), qkv, 1e-13)
 
 
 def test_a_rollout_ignores_what_its_slots_held():
@@ -61,7 +65,7 @@ def test_a_rollout_ignores_what_its_slots_held():
     docs, (q, k, v) = random_docs(packing), random_qkv(packing, 1)
     later = packing.describe()[2] > 1
     garbage = [torch.where(later[:, None], 1e3, x) for x in (k, v)]
-    attend = TwoPart(packing, docs, 1)
+    attend = TwoPart(packing, docs).at(1)
     assert torch.equal(attend(q, k, v), attend(q, *garbage))
 
 
@@ -90,9 +94,7 @@ def test_text_mask_by_hand():
 
 
 def make_flex(packing, docs, place, device="cpu"):
-    flex = Flex(packing, len(docs), place, device)
-    flex.see(docs)
-    return flex
+    return at(Flex(packing, docs.to(device)), place)
 
 
 @pytest.mark.parametrize("place", [None, 0, 1, 2], ids=name)
@@ -153,14 +155,47 @@ def test_flex_is_dense_on_the_cpu(monkeypatch, place):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_one_flex_serves_every_batch_of_its_shape(monkeypatch):
-    """Documents are looked up when it runs, so an instance that is kept (`flex_for_shape`) sees those of the batch."""
+    """Tiles are shared, documents are each instance's own: two forwards of one shape may be alive at
+    once, as they are where a backward pass recomputes the first after the second has run."""
     monkeypatch.setattr(attention, "compiled_flex", lambda: flex_attention)
     packing = PACKINGS[1]
-    flex, qkv = Flex(packing, 2, None, "cpu"), random_qkv(packing, None, dim=16, dtype=torch.float32)
-    for docs in (random_docs(packing), torch.arange(packing.n_text + 1).expand(2, -1)):
-        flex.see(docs)
+    qkv = random_qkv(packing, None, dim=16, dtype=torch.float32)
+    documents = (random_docs(packing), torch.arange(packing.n_text + 1).expand(2, -1))
+    forms = [Flex(packing, docs) for docs in documents]
+    assert forms[0].tiles is forms[1].tiles
+    for flex, docs in zip(forms, documents, strict=True):
         with torch.no_grad():
             assert_same(flex(*qkv), dense(mask_of(packing, docs, None))(*qkv), qkv, 2e-6, gradients=False)
+
+
+def test_documents_of_a_batch_compile_nothing(monkeypatch):
+    """A mask for every batch, one graph for all of them; and its steps know its documents."""
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(flex_attention, backend="eager", dynamic=False)
+    monkeypatch.setattr(attention, "compiled_flex", lambda: compiled)
+    packing, first = PACKINGS[1], 0
+    for seed in range(3):
+        docs = random_docs(packing) if seed else torch.arange(packing.n_text + 1).expand(2, -1)
+        for place in (None, 0, 1):
+            qkv = random_qkv(packing, place, dim=16, dtype=torch.float32)
+            with torch.no_grad():
+                assert_same(at(Flex(packing, docs), place)(*qkv),
+                            dense(mask_of(packing, docs, place))(*qkv), qkv, 2e-6, gradients=False)
+        first = first if seed else counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == first > 0
+
+
+def test_a_forward_in_inference_mode_spoils_nothing():
+    """What is kept by shape is made of ordinary tensors, which a later backward pass may save."""
+    packing = Packing(7, 5, 2, 3)  # a shape that no other test uses
+    docs = torch.zeros(1, 8, dtype=torch.long)
+    with torch.inference_mode():
+        Flex(packing, docs), TwoPart(packing, docs).at(1)
+        tensors = [*packing.describe(), packing.rope_positions(), packing.rows(1)]
+        tensors += Flex(packing, docs).tiles.ranges
+    assert not any(x.is_inference() for x in tensors)
 
 
 @pytest.mark.gpu
@@ -176,7 +211,7 @@ def test_flex_is_dense_on_cuda(packing, place, dtype, tolerance):
     torch.set_float32_matmul_precision("highest")
     try:
         wide = [x.detach().float().requires_grad_() for x in qkv]
-        ours, reference = packed_attention(packing, docs, place), dense(mask_of(packing, docs, place))
+        ours, reference = at(packed_attention(packing, docs), place), dense(mask_of(packing, docs, place))
         assert isinstance(ours, Flex)
         ours, reference = ours(*qkv), reference(*wide)
         cotangent = torch.randn(ours.shape, device="cuda").to(dtype)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from nanoqstar import sampling
-from nanoqstar.attention import flex_for_shape
+from nanoqstar.attention import tiles_for_shape
 from nanoqstar.head import fp32_logits
-from nanoqstar.objective import Valid, quiet_star_loss
+from nanoqstar.objective import Objective, Valid, quiet_star_loss
 from nanoqstar.device import autocast, pick_device, speed_up, speed_up_decoding
 from nanoqstar.sampling import generate
 
@@ -32,7 +32,7 @@ def pair(make_model):
                 p.mul_(0.3)  # bf16 is judged by its rounding, not by a saturated softmax
     yield model, copy.deepcopy(model).float().to(pick_device(DEVICE))
     torch.set_float32_matmul_precision(precision)
-    flex_for_shape.cache_clear()
+    tiles_for_shape.cache_clear()
 
 
 def assert_close(ours, reference, tolerance):
@@ -42,12 +42,12 @@ def assert_close(ours, reference, tolerance):
 def step(model, text, docs, thoughts):
     """Parts of the loss and every gradient."""
     states, valid = model.score(text, docs, thoughts), Valid.from_docs(docs, text.shape[1] - thoughts.shape[2])
-    loss, parts = quiet_star_loss(
-        states, model.lm.head_weight, text, thoughts, valid, valid.counts(), base_weight=0.5, mixed_weight=0.5,
-        policy_weight=1.0, clamp_advantage=False, reinforce_temperature=3.0, banned=model.banned)
+    objective = Objective(policy_weight=1.0, clamp_advantage=False)
+    loss, _, outcome = quiet_star_loss(states, model.lm.head_weight, text, thoughts, valid,
+                                       valid.counts(), objective, model.banned)
     model.zero_grad()
     loss.backward()
-    return parts, {n.replace("_checkpoint_wrapped_module.", ""): p.grad for n, p in model.named_parameters()}
+    return vars(outcome), {n.replace("_checkpoint_wrapped_module.", ""): p.grad for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("checkpointing", [0.0, 0.5, 1.0])

@@ -10,8 +10,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from nanoqstar import head as room
 from nanoqstar.head import sample_tokens, weighted_log_probs
-from nanoqstar.objective import Valid, advantage, language_model_loss, quiet_star_loss
-from nanoqstar.quietstar import States
+from nanoqstar.objective import (Objective, States, Valid, advantage, language_model_loss,
+                                 quiet_star_loss)
 
 BANNED = torch.zeros(11, dtype=torch.bool).index_fill(0, torch.tensor([0, 4, 10]), True)
 WEIGHTS = dict(base_weight=0.3, mixed_weight=0.7, policy_weight=2.0, clamp_advantage=True, reinforce_temperature=3.0)
@@ -161,10 +161,10 @@ def test_logits_of_the_whole_sequence_never_exist(monkeypatch, make_model, make_
     with AllocationRecorder(model.parameters()) as recorder:
         thoughts, _ = model.rollout(text, docs, draws)
         states, valid = model.score(text, docs, thoughts), Valid.from_docs(docs, n_talk)
-        loss, parts = quiet_star_loss(states, model.lm.head_weight, text, thoughts, valid, valid.counts(),
-                                      banned=model.banned, **WEIGHTS)
+        loss, _, outcome = quiet_star_loss(states, model.lm.head_weight, text, thoughts, valid,
+                                           valid.counts(), Objective(**WEIGHTS), model.banned)
         loss.backward()
-    assert (parts["advantage"] > 0).any()
+    assert (outcome.advantage > 0).any()
     packed_logits = batch * (25 + 24 * (1 + 3 * 4)) * vocab  # elements: 674 packed tokens
     weights = 8 * vocab
     assert recorder.largest <= (chunk or room.CHUNK_LOGITS["cpu"]) < packed_logits / 3
@@ -297,12 +297,14 @@ def loss_by_definition(states, head, docs=DOCS, *, base_weight, mixed_weight, po
                 for j in range(A)) / A
     policy = mean(policy)
     return base_weight * base + mixed_weight * mixed + policy_weight * policy, dict(
-        nll_base=base, nll_mixed=mixed, policy=policy, reward=reward)
+        nll_base=base, nll_talk=mixed, policy=policy, reward=reward)
 
 
 def our_loss(states, head, docs=DOCS, **kwargs):
     valid = Valid.from_docs(docs, A)
-    return quiet_star_loss(states, head, TEXT, THOUGHTS, valid, valid.counts(), banned=BANNED, **WEIGHTS | kwargs)
+    loss, stats, outcome = quiet_star_loss(states, head, TEXT, THOUGHTS, valid, valid.counts(),
+                                           Objective(**WEIGHTS | kwargs), BANNED)
+    return loss, stats | vars(outcome)
 
 
 @pytest.mark.parametrize("chunk", [1, 2**22])
@@ -330,7 +332,7 @@ def test_an_empty_mean_is_zero():
     states, head = random_states(), randn(V, D, seed=HEAD_SEED)
     loss, parts = our_loss(states, head, torch.arange(B * (T + A)).view(B, -1))
     loss.backward()
-    assert loss == 0 and all(parts[name] == 0 for name in ("nll_base", "nll_mixed", "policy"))
+    assert loss == 0 and all(parts[name] == 0 for name in ("nll_base", "nll_talk", "policy"))
     assert not any(x.grad.any() for x in (states.base, states.mixed, states.thought, head))
 
 
@@ -373,24 +375,35 @@ def test_counts_of_a_larger_update_divide():
     """With counts over twice the data, each micro-batch contributes half its mean."""
     states, head, valid = random_states(), randn(V, D, seed=HEAD_SEED), Valid.from_docs(DOCS, A)
     arguments = states, head, TEXT, THOUGHTS, valid
-    alone, twice = (quiet_star_loss(*arguments, n * valid.counts(), banned=BANNED, **WEIGHTS)[0] for n in (1, 2))
+    alone, twice = (
+        quiet_star_loss(*arguments, n * valid.counts(), Objective(**WEIGHTS), BANNED)[0] for n in (1, 2))
     torch.testing.assert_close(twice, alone / 2, rtol=1e-13, atol=0)
+
+
+def test_an_impossible_target_without_weight_counts_nothing():
+    """Its log-prob is -inf; a sum that it has no share in is a number all the same."""
+    hidden, weight = randn(3, 5), randn(V, 5, seed=1)
+    banned = torch.zeros(V, dtype=torch.bool).index_fill(0, torch.tensor([2]), True)
+    total, log_probs = weighted_log_probs(hidden, weight, torch.tensor([1, 2, 3]),
+                                          torch.tensor([1.0, 0.0, 2.0]), 1.0, banned)
+    assert log_probs[1] == -math.inf
+    torch.testing.assert_close(total.detach(), log_probs[0] + 2 * log_probs[2])
+    assert all(x.isfinite().all() for x in torch.autograd.grad(total, (hidden, weight)))
 
 
 def test_language_model_loss():
     """Continued pre-training: the mean over predictions inside a document, the rest of the window unused."""
     hidden, head = randn(B, T, D), randn(V, D, seed=1)
     count = Valid.from_docs(DOCS, A).counts()[0]
-    loss, logged = language_model_loss(hidden, head, TEXT, DOCS, count)
+    loss = language_model_loss(hidden, head, TEXT, DOCS, count)
     log_probs = log_probs_of(hidden, head, TEXT[:, 1:T + 1])
     inside = DOCS[:, :T] == DOCS[:, 1:T + 1]
     expected = -log_probs[inside].mean()
     assert 0 < inside.sum() < B * T
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
-    assert torch.equal(logged, loss.detach()) and not logged.requires_grad
     for a, b in zip(*(torch.autograd.grad(x, (hidden, head)) for x in (loss, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
-    empty, _ = language_model_loss(hidden, head, TEXT, torch.arange(T + A).expand(B, -1), torch.tensor(0))
+    empty = language_model_loss(hidden, head, TEXT, torch.arange(T + A).expand(B, -1), torch.tensor(0))
     assert empty == 0
 
 

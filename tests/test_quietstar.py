@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from nanoqstar.head import weighted_log_probs
-from nanoqstar.objective import Valid, quiet_star_loss
+from nanoqstar import attention, head, quietstar
+from nanoqstar.attention import Flex, TwoPart, dense
+from nanoqstar.device import speed_up
+from nanoqstar.objective import Objective, Valid, quiet_star_loss
 from nanoqstar.quietstar import QuietStar, uniforms
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 from nanoqstar.thoughts import ThoughtLayout
@@ -19,9 +22,10 @@ LOSS = dict(base_weight=0.5, mixed_weight=0.5, policy_weight=5.0, clamp_advantag
 def our_loss(model, text, docs, thoughts, counts=None, **kwargs):
     """Loss and its parts, and the states they are made of."""
     states, valid = model.score(text, docs, thoughts), Valid.from_docs(docs, text.shape[1] - thoughts.shape[2])
-    loss, parts = quiet_star_loss(states, model.lm.head_weight, text, thoughts, valid,
-                                  valid.counts() if counts is None else counts, banned=model.banned, **LOSS | kwargs)
-    return loss, parts, states
+    loss, stats, outcome = quiet_star_loss(states, model.lm.head_weight, text, thoughts, valid,
+                                           valid.counts() if counts is None else counts,
+                                           Objective(**LOSS | kwargs), model.banned)
+    return loss, stats | vars(outcome), states
 
 
 def gradients(model, loss):
@@ -63,7 +67,7 @@ def test_packed_is_staged(make_model, make_text, make_thoughts, tied, K, A, P, T
             (-parts["base_lp"][:, None].expand(-1, P, -1), theirs["nll_base"]),
             (-parts["mixed_lp"], theirs["nll_mixed"]), (states.mix, theirs["mix"]), (parts["reward"], theirs["reward"]),
             (thought_lp.view(thoughts.shape), theirs["thought_lp"]), (parts["policy"], theirs["policy_loss"]),
-            (0.5 * (parts["nll_base"] + parts["nll_mixed"]), theirs["nll_loss"]), (loss, theirs["loss"])):
+            (0.5 * (parts["nll_base"] + parts["nll_talk"]), theirs["nll_loss"]), (loss, theirs["loss"])):
         torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
     assert parts["policy"].abs() > 1e-3  # or there would be nothing to compare
     theirs["loss"].backward()
@@ -102,7 +106,7 @@ def test_gradient_accumulation_is_one_big_batch(make_model, make_text, cuts):
     """Micro-batches whose windows hold different numbers of valid positions; counts are those of the update."""
     K, A, P, T = 4, 2, 2, 8
     model, (text, docs) = make_model(), make_text(4, T + A)
-    draws = uniforms(0, 5, range(4), (P, T, K - 2))
+    draws = uniforms(0, "think", 5, range(4), (P, T, K - 2))
     valid = Valid.from_docs(docs, A)
     assert len(set(valid.policy.sum(1).tolist())) == 4
     thoughts, _ = model.rollout(text, docs, draws)
@@ -125,7 +129,7 @@ def test_thoughts_do_not_depend_on_the_micro_batch(make_model, make_text):
     index = torch.tensor([100, 101, 102, 103])
 
     def sample(rows):
-        return model.rollout(text[rows], docs[rows], uniforms(7, 3, index[rows], (2, 10, 3)))[0]
+        return model.rollout(text[rows], docs[rows], uniforms(7, "think", 3, index[rows], (2, 10, 3)))[0]
 
     together = sample([0, 1, 2, 3])
     for rows in ([0], [3], [2, 1], [3, 0, 2]):
@@ -133,25 +137,27 @@ def test_thoughts_do_not_depend_on_the_micro_batch(make_model, make_text):
 
 
 def test_uniforms_are_a_function_of_their_arguments():
-    draws = uniforms(1, 2, [3, 4, 2**40], (2, 5, 3))
+    draws = uniforms(1, "think", 2, [3, 4, 2**31], (2, 5, 3))
     assert draws.dtype == torch.float32 and draws.shape == (3, 2, 5, 3) and draws.min() >= 0 and draws.max() < 1
     np.random.seed(0)
     torch.manual_seed(0)
-    assert torch.equal(draws, uniforms(1, 2, torch.tensor([3, 4, 2**40]), (2, 5, 3)))
-    assert torch.equal(draws[1:2], uniforms(1, 2, [4], (2, 5, 3)))
-    others = [uniforms(*arguments, (2, 5, 3))[0] for arguments in ((0, 2, [3]), (1, 3, [3]), (1, 2, [5]), (2, 1, [3]))]
-    assert torch.stack([draws[0], draws[1], *others]).flatten().unique().numel() == 6 * 30  # no two streams alike
+    assert torch.equal(draws, uniforms(1, "think", 2, torch.tensor([3, 4, 2**31]), (2, 5, 3)))
+    assert torch.equal(draws[1:2], uniforms(1, "think", 2, [4], (2, 5, 3)))
+    others = [uniforms(*arguments, (2, 5, 3))[0] for arguments in (
+        (0, "think", 2, [3]), (1, "think", 3, [3]), (1, "think", 2, [5]), (2, "think", 1, [3]),
+        (1, "text", 2, [3]), (1, "eval", 2, [3]), (2**33 + 1, "think", 2, [3]))]
+    assert torch.stack([draws[0], draws[1], *others]).flatten().unique().numel() == 9 * 30  # no two streams alike
 
 
 def test_uniforms_begin_alike_whatever_the_shape():
     """More passes, or more positions of one pass, go on where fewer end."""
-    draws = uniforms(1, 2, [3, 4], (3, 5, 2))
-    assert torch.equal(uniforms(1, 2, [3, 4], (1, 5, 2)), draws[:, :1])
-    assert torch.equal(uniforms(1, 2, [3, 4], (1, 4, 2)), draws[:, :1, :4])
+    draws = uniforms(1, "think", 2, [3, 4], (3, 5, 2))
+    assert torch.equal(uniforms(1, "think", 2, [3, 4], (1, 5, 2)), draws[:, :1])
+    assert torch.equal(uniforms(1, "think", 2, [3, 4], (1, 4, 2)), draws[:, :1, :4])
 
 
 def test_uniforms_are_uniform():
-    draws = uniforms(0, 0, range(50), (2, 100, 2)).flatten().double()
+    draws = uniforms(0, "think", 0, range(50), (2, 100, 2)).flatten().double()
     share = draws.mul(20).long().bincount(minlength=20) / len(draws)
     assert abs(draws.mean() - 0.5) < 0.01 and (share - 0.05).abs().max() < 0.01
 
@@ -250,7 +256,7 @@ def train_on_noise(steps=60, vocab=13):
     def batch(size, step):
         text = torch.randint(vocab, (size, T + A), generator=generator)
         docs = torch.zeros_like(text)
-        thoughts, _ = model.rollout(text, docs, uniforms(0, step, range(size), (P, T, K - 2)))
+        thoughts, _ = model.rollout(text, docs, uniforms(0, "think", step, range(size), (P, T, K - 2)))
         return text, docs, thoughts
 
     for step in range(steps):
@@ -324,7 +330,7 @@ def test_the_mixing_head_reads_base_then_talk(make_model):
 def test_float64_stays_float64(make_model, make_text):
     """With the float32 numbers that training draws, too."""
     model, (text, docs) = make_model(), make_text(2, 9)
-    thoughts, log_probs = model.rollout(text, docs, uniforms(0, 0, range(2), (2, 7, 2)))
+    thoughts, log_probs = model.rollout(text, docs, uniforms(0, "think", 0, range(2), (2, 7, 2)))
     loss, parts, states = our_loss(model, text, docs, thoughts)
     named = {"loss": loss, **parts, **vars(states), "rollout's log-probs": log_probs}
     assert {name: x.dtype for name, x in named.items()} == {name: torch.float64 for name in named}
@@ -339,3 +345,80 @@ def test_float32_is_close_to_float64(make_model, make_text, make_thoughts):
     loss, _, states = our_loss(model, text, docs, thoughts)
     assert loss.dtype == states.mixed.dtype == torch.float32 and abs(loss.item() / wide.item() - 1) < 1e-5
     assert_gradients_close(gradients(model, loss), expected, 1e-4)
+
+
+# ---- precision ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("weight", [1e-4, 1e-3, 1e-2, 1e-1])
+def test_rewards_do_not_drown_in_bf16(make_model, make_text, make_thoughts, weight):
+    """With a mixing weight as small as at the start, bf16 advantages are those of fp32: the policy
+    weight multiplies them by up to 1e6. Without `exact` products the correlation is 0.3 at 1e-4."""
+    K, A, P, T = 6, 3, 2, 40
+    model = make_model(vocab_size=512, hidden_size=64, intermediate_size=192, head_dim=16,
+                       banned=()).float()
+    with torch.no_grad():
+        for p in model.lm.parameters():
+            if p.dim() == 2:
+                p.mul_(0.3)  # logits of a size that a trained model has
+    text, docs = make_text(4, T + A, vocab=512)
+    thoughts = make_thoughts(4, P, T, K - 2, vocab=512)
+    with torch.no_grad():
+        mix = model.score(text, docs, thoughts).mix
+        model.mixing_head[4].weight.mul_(weight / mix.abs().mean())
+        advantages = []
+        for dtype in (torch.float32, torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                _, parts, _ = our_loss(model, text, docs, thoughts, clamp_advantage=False)
+            advantages.append(parts["advantage"].flatten())
+    assert torch.corrcoef(torch.stack(advantages))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_without_a_mixing_weight_every_reward_is_exactly_zero(make_model, make_text, make_thoughts,
+                                                              monkeypatch, dtype):
+    """However products are rounded, which on a GPU depends on the size of a chunk: here on its rows."""
+    product = head.fp32_product
+    monkeypatch.setattr(head, "fp32_product", lambda a, b, dtype: product(a, b, dtype) + 1e-6 * (
+        torch.arange(len(a))[:, None] * torch.arange(b.shape[1]) % 3))
+    model = make_model().float()
+    torch.nn.init.zeros_(model.mixing_head[4].weight)
+    text, docs = make_text(2, 23)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        _, parts, _ = our_loss(model, text, docs, make_thoughts(2, 3, 20, 2))
+    assert not parts["reward"].any() and parts["reward"].dtype == torch.float32
+
+
+def flex_by_definition(q, k, v, block_mask, enable_gqa):
+    """FlexAttention has no backward on a CPU: the same mask, looked up at every pair."""
+    b, n, m = (torch.arange(size) for size in (len(q), q.shape[2], k.shape[2]))
+    seen = block_mask.mask_mod(b[:, None, None], None, n[:, None], m)
+    return dense(seen[:, None])(q, k, v)
+
+
+@pytest.mark.parametrize("form", [TwoPart, Flex])
+def test_two_forwards_alive_at_once(make_model, make_text, make_thoughts, monkeypatch, form):
+    """Recomputed in the backward pass, each sees its own documents: the first as if it were alone."""
+    monkeypatch.setattr(quietstar, "packed_attention", form)
+    monkeypatch.setattr(attention, "compiled_flex", lambda: flex_by_definition)
+    model, shape = make_model(), (2, 2, 9, 2)
+    speed_up(model, torch.device("cpu"), checkpointing=1.0, compile=False)
+    batches = [(*make_text(2, 12, seed=seed), make_thoughts(*shape, seed=seed)) for seed in (1, 5)]
+    expected = [gradients(model, our_loss(model, *batch)[0]) for batch in batches]
+    losses = [our_loss(model, *batch)[0] for batch in batches]
+    for loss, alone in zip(losses, expected, strict=True):
+        assert_gradients_close(gradients(model, loss), alone, 1e-12)
+
+
+@pytest.mark.parametrize("form", [TwoPart, Flex])
+def test_training_after_inference_mode(make_model, make_text, make_thoughts, monkeypatch, form):
+    """What an evaluation in inference mode leaves in the caches serves a step with gradients."""
+    monkeypatch.setattr(quietstar, "packed_attention", form)
+    monkeypatch.setattr(attention, "compiled_flex", lambda: flex_by_definition)
+    model = make_model()
+    text, docs = make_text(1, 14)
+    thoughts = make_thoughts(1, 2, 11, 3)  # a shape that no other test uses
+    with torch.inference_mode():
+        model.rollout(text, docs, torch.rand(1, 2, 11, 3))
+        model.score(text, docs, thoughts)
+    loss, _, _ = our_loss(model, text, docs, thoughts)
+    assert all(g.isfinite().all() for g in gradients(model, loss).values())

@@ -1,0 +1,237 @@
+"""One command line for every script: its options are the fields of a dataclass.
+
+    --key value, --key=value, and --key alone for a boolean; `none` where a field may be None
+
+Exit codes, the same everywhere: 0 done, 2 wrong input (one sentence on stderr says what is wrong and
+how to mend it), 130 and 143 ended by Ctrl-C and SIGTERM.  This room imports the standard library only,
+so that --help and typos are answered at once; what a script does is imported when its settings are
+right.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import json
+import math
+import os
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from nanoqstar import InputError
+
+T = TypeVar("T")
+WRONG_INPUT = 2
+
+
+class Answer(Exception):
+    """The command line asked for a text and nothing else: --help, a list."""
+
+
+class Interrupted(Exception):
+    """A signal has ended what was going on; the exit code is 128 + its number."""
+
+    def __init__(self, number: int, sentence: str = "interrupted") -> None:
+        super().__init__(sentence)
+        self.number = number
+
+
+class When(NamedTuple):
+    """For which settings a field means anything."""
+
+    what: str
+    holds: Callable[[Any], bool]
+
+
+def setting(default: Any, meaning: str, *, at_least: float | None = None, above: float | None = None,
+            at_most: float | None = None, below: float | None = None, escapes: bool = False,
+            when: When | None = None) -> Any:
+    """A field of a settings dataclass, checked by `check`; escapes: `\\n` on the command line is a
+    newline, so that any shell can say it."""
+    bounds = {"at least": at_least, "greater than": above, "at most": at_most, "less than": below}
+    return dataclasses.field(default=default, metadata={
+        "help": meaning, "bounds": {k: v for k, v in bounds.items() if v is not None},
+        "escapes": escapes, "when": when})
+
+
+def types_of(f: dataclasses.Field) -> tuple[tuple[type, ...], tuple[str, ...] | None]:
+    """(accepted types, choices or None): `X | None` gives X and NoneType, Literal its choices."""
+    if typing.get_origin(f.type) is Literal:
+        return (str,), typing.get_args(f.type)
+    kind = f.type
+    return (typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)), None  # type: ignore
+
+
+def check(settings: Any) -> None:
+    """InputError for the first field whose value is of a wrong type or out of its bounds."""
+    for f in dataclasses.fields(settings):
+        value, (accepted, choices) = getattr(settings, f.name), types_of(f)
+        if choices and value not in choices:
+            raise InputError(f"--{f.name}: {value!r} is not one of {', '.join(choices)}")
+        whole = float in accepted and type(value) is int
+        if (type(value) not in accepted and not whole) or (
+                type(value) is float and not math.isfinite(value)):
+            expected = " or ".join("none" if t is type(None) else t.__name__ for t in accepted)
+            raise InputError(f"--{f.name}: expected {expected}, got {value!r}")
+        for bound, limit in (f.metadata["bounds"] if value is not None else {}).items():
+            good = {"at least": value >= limit, "greater than": value > limit,
+                    "at most": value <= limit, "less than": value < limit}[bound]
+            if not good:
+                raise InputError(f"--{f.name}: must be {bound} {limit:,}, got {value}")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def parse_value(f: dataclasses.Field, text: str) -> Any:
+    accepted, _ = types_of(f)
+    kind = accepted[0]
+    if text.lower() == "none" and type(None) in accepted:
+        return None
+    if kind is str:
+        return text.replace("\\n", "\n") if f.metadata["escapes"] else text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return {int: int, float: float}[kind](text.replace("_", ""))
+    except (KeyError, ValueError):
+        raise InputError(f"--{f.name}: expected {kind.__name__}, got {text!r}") from None
+
+
+def parse(cls: type, args: Iterable[str], positional: str | None = None) -> dict[str, Any]:
+    """Command line -> {field: value}; `positional` names the field that a bare first word sets.
+
+    Raises InputError, or Answer("") where --help stands among the options.
+    """
+    known, values, rest = {f.name: f for f in dataclasses.fields(cls)}, {}, list(args)
+    if positional and rest and not rest[0].startswith("-"):
+        values[positional] = parse_value(known[positional], rest.pop(0))
+    while rest:
+        option = rest.pop(0)
+        if option in ("--help", "-h"):
+            raise Answer
+        if not option.startswith("--"):
+            raise InputError(f"unexpected argument {option!r}: options look like --max_steps 100")
+        name, equals, text = option[2:].partition("=")
+        if name not in known or name == positional:
+            options = ["--" + k for k in known if k != positional]
+            raise InputError(f"unknown option --{name}{nearest('--' + name, options)}")
+        f = known[name]
+        if not equals:
+            words = ("true", "false", "none")
+            if bool in types_of(f)[0] and (not rest or rest[0].lower() not in words):
+                text = "true"
+            elif rest:
+                text = rest.pop(0)
+            else:
+                raise InputError(f"--{name}: a value is missing")
+        values[name] = parse_value(f, text)
+    return values
+
+
+def settings(cls: type[T], args: Iterable[str], usage: str, positional: str | None = None,
+             base: T | None = None) -> T:
+    """The settings that a command line asks for, on top of `base` (else the defaults).
+
+    A given field that means nothing under the others is refused. Raises InputError; Answer: the help.
+    """
+    try:
+        values = parse(cls, args, positional)
+    except Answer:
+        raise Answer(help_text(cls, usage, base, positional)) from None
+    if base is None:
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING  # type: ignore
+                    and f.name not in values]
+        if required:
+            raise InputError(f"{' and '.join(required)} must be given; --help shows how")
+    result = cls(**values) if base is None else dataclasses.replace(base, **values)  # type: ignore
+    for f in dataclasses.fields(cls):  # type: ignore
+        when = f.metadata["when"]
+        if f.name in values and when and not when.holds(result):
+            raise InputError(f"--{f.name} is for {when.what} only: leave it out")
+    return result
+
+
+def help_text(cls: type, usage: str, base: Any = None, positional: str | None = None) -> str:
+    """Every field with its meaning and default; with a `base`, its values and what applies to it."""
+    lines = [usage.strip(), "", "options, as --key value or --key=value:"]
+    for f in dataclasses.fields(cls):
+        when = f.metadata["when"]
+        if base is not None and when and not when.holds(base):
+            continue
+        accepted, choices = types_of(f)
+        names = ("none" if t is type(None) else t.__name__ for t in accepted)
+        kind = "|".join(choices) if choices else " or ".join(names)
+        value = f.default if base is None else getattr(base, f.name)
+        default = "none" if value is None else value
+        if isinstance(value, (bool, str)):
+            default = json.dumps(value)
+        only = f" ({when.what} only)" if base is None and when else ""
+        name = f.name if f.name == positional else "--" + f.name
+        given = "required" if value is dataclasses.MISSING else f"default {default}"
+        lines.append(f"  {name} ({kind}, {given})\n      {f.metadata['help']}{only}")
+    return "\n".join(lines)
+
+
+def command(args: Iterable[str], read: Callable[[list[str]], tuple], target: str) -> int:
+    """Runs a script and returns its exit code; whatever goes wrong becomes one sentence on stderr.
+
+    read: command line -> the arguments of the target, or InputError, or Answer.
+    target: 'module:function', imported once the command line is right; it may return an exit code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character shows another
+            stream.reconfigure(errors="replace")
+    try:
+        arguments = read(list(args))
+        module, function = target.split(":")
+        code = getattr(importlib.import_module(module), function)(*arguments) or 0
+        sys.stdout.flush()
+        return code
+    except Answer as answer:
+        return say(str(answer))
+    except InputError as error:
+        return fail(str(error))
+    except BrokenPipeError:  # nobody reads on, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Interrupted as end:
+        fail(str(end))
+        return 128 + end.number
+    except KeyboardInterrupt:
+        fail("interrupted")
+        return 128 + signal.SIGINT
+    except OSError as error:
+        return fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return fail(OUT_OF_MEMORY)
+
+
+OUT_OF_MEMORY = ("the memory is used up: lower batch_size (raise grad_accum), n_passes or max_length, "
+                 "or set --checkpointing 1")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that host or GPU memory did not suffice."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in str(error))
+
+
+def say(text: str) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def fail(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    return WRONG_INPUT

@@ -1,0 +1,82 @@
+"""What a step costs before it is run: FLOPs, and a lower bound of its memory."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanoqstar.qwen2 import Qwen2Config
+from nanoqstar.thoughts import ThoughtLayout
+
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
+         "3090": 71e12}  # dense bf16 FLOP/s by the makers' sheets
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one forward's windows."""
+
+    sampling: int
+    learning: int
+
+
+def n_parameters(model: Qwen2Config) -> int:
+    """Of the language model; weights of products, without norms and biases."""
+    head = model.vocab_size * model.hidden_size
+    return block_weights(model) + head * (1 if model.tie_word_embeddings else 2)
+
+
+def block_weights(model: Qwen2Config) -> int:
+    width = model.num_attention_heads * model.head_dim
+    kv_width = model.num_key_value_heads * model.head_dim
+    return model.num_hidden_layers * model.hidden_size * (
+        2 * width + 2 * kv_width + 3 * model.intermediate_size)
+
+
+def thinking_flops(model: Qwen2Config, layout: ThoughtLayout, batch: int, live: float = 1.0) -> Flops:
+    """Useful FLOPs: products with weights and visible attention pairs, nothing twice.
+
+    Learning counts forward and backward (3 x forward), whatever is recomputed; only rows whose logits
+    are used count for the LM head: of the thoughts, the share `live` that has an advantage. Start is
+    counted once for all passes, as it is computed.
+    """
+    t, p, s, a = layout.n_positions, layout.n_passes, layout.n_sampled, layout.n_ahead_talk
+    block, head = block_weights(model), model.vocab_size * model.hidden_size
+    pair = 4 * model.num_attention_heads * model.head_dim * model.num_hidden_layers
+    text_pairs = layout.n_text * (layout.n_text + 1) // 2
+    seen = t * (t + 1) // 2  # text pairs of one token per position
+
+    def forward(branch: int, rows: float) -> int:
+        tokens = layout.n_text + t * (1 + p * branch)
+        pairs = text_pairs + seen * (1 + p * branch) + t * (1 + p * (branch * (branch + 3) // 2))
+        return round(2 * (block * tokens + head * rows) + pair * pairs)
+
+    sampling = forward(s - 1, t * (1 + p * (s - 1)))
+    learning = 3 * forward(s + a, layout.n_text + t * p * (s * live + a))
+    return Flops(batch * sampling, batch * learning)
+
+
+def text_flops(model: Qwen2Config, n_positions: int, batch: int) -> Flops:
+    """The same of plain training on windows of n_positions tokens."""
+    weights = block_weights(model) + model.vocab_size * model.hidden_size
+    pairs = n_positions * (n_positions + 1) // 2
+    pair = 4 * model.num_attention_heads * model.head_dim * model.num_hidden_layers
+    return Flops(0, 3 * batch * (2 * weights * n_positions + pair * pairs))
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a known GPU; None of anything else."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for card, rate in PEAKS.items() if card in name), None)
+
+
+def least_bytes(model: Qwen2Config, n_tokens: int, checkpointing: float) -> int:
+    """Fewer bytes than a step over n_tokens packed tokens can need in any case.
+
+    fp32 weights, gradients and two Adam moments; of the activations those that products keep for the
+    backward pass, in bf16, unless they are recomputed.
+    """
+    kept = 2 * model.hidden_size + (1 - checkpointing) * (
+        4 * model.hidden_size + 3 * model.intermediate_size)
+    return round(16 * n_parameters(model) + 2 * n_tokens * model.num_hidden_layers * kept)

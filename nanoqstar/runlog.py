@@ -1,0 +1,159 @@
+"""A run's folder and what is said of it: config.json, metrics.jsonl, checkpoints; signals that end it."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+from nanoqstar import InputError
+from nanoqstar.cli import Interrupted
+from nanoqstar.files import LOCK, lock, write_json
+
+SILENCE = 5.0  # seconds after which a line of pre-training is shown
+
+
+class Signals:
+    """SIGINT and SIGTERM are noted, and obeyed at an update's end: then `check` raises Interrupted.
+
+    Within `at_once`, where nothing can be lost, they are obeyed immediately; so is a second one.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.now = False
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        again, self.number = self.number is not None, number
+        if self.now or again:
+            raise Interrupted(number)
+        tqdm.write("ending after this update", file=sys.stderr)
+
+    def check(self) -> None:
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        self.check()
+        self.now = True
+        try:
+            yield
+        finally:
+            self.now = False
+
+    @contextmanager
+    def caught(self) -> Iterator["Signals"]:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        try:
+            before = {n: signal.signal(n, self.handle) for n in numbers}
+        except ValueError:  # not in the main thread, which alone gets signals
+            before = {}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def run_folder(out_dir: str | None, name: str) -> Iterator[Path]:
+    """The run's folder, made now and held by this process; never one that holds anything already.
+
+    A start that fails leaves nothing behind: the folder is removed where no update was logged in it.
+    """
+    with ExitStack() as held:
+        if out_dir is not None:
+            out = Path(out_dir)
+            make_and_hold(held, out)
+            if any(p.name != LOCK for p in out.iterdir()):
+                raise InputError(f"{out} already holds a run or other files: choose another --out_dir, "
+                                 "or delete it")
+        else:
+            for n in count(1):
+                out = Path("out") / (name if n == 1 else f"{name}-{n}")
+                if not out.exists():
+                    try:
+                        make_and_hold(held, out)
+                        break
+                    except InputError:  # another run has just taken it
+                        continue
+        try:
+            yield out
+        except BaseException:
+            metrics = out / "metrics.jsonl"
+            if not metrics.exists() or not metrics.stat().st_size:
+                shutil.rmtree(out, ignore_errors=True)
+            raise
+
+
+def make_and_hold(held: ExitStack, out: Path) -> None:
+    try:
+        held.enter_context(lock(out))
+    except OSError as error:
+        raise InputError(f"the folder {out} cannot be made ({error.strerror}): choose another "
+                         "--out_dir") from None
+
+
+class RunLog:
+    """Writes metrics and says lines; nothing that fails here ends a run."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], wandb: Any = None) -> None:
+        self.folder, self.wandb, self.offset = folder, wandb, 0
+        self.start = self.said = time.perf_counter()
+        write_json(folder / "config.json", config)
+        self.metrics = open(folder / "metrics.jsonl", "w")  # noqa: SIM115
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """A row of metrics.jsonl; W&B counts on from pre-training (`offset` updates)."""
+        self.guard(f"{kind} {step} could not be logged", self.write_row, kind, step, values)
+
+    def write_row(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self.metrics.flush()
+        if self.wandb:
+            self.wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=self.offset + step)
+
+    def say(self, line: str, unless_recent: bool = False) -> None:
+        """unless_recent: only where nothing has been said for some seconds."""
+        now = time.perf_counter()
+        if unless_recent and now - self.said < SILENCE:
+            return
+        self.said = now
+        try:
+            tqdm.write(line)
+            sys.stdout.flush()
+        except BrokenPipeError:  # nobody reads on, as in `| head -1`: the run is worth finishing
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def guard(self, failure: str, function: Any, *args: Any, **options: Any) -> bool:
+        """Whether function(*args) came to its end; a full disk, say, is reported and no more."""
+        try:
+            function(*args, **options)
+            return True
+        except OSError as error:
+            tqdm.write(f"warning: {failure} ({error.strerror or error}); the run goes on",
+                       file=sys.stderr)
+            return False
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+
+def start_wandb(name: str, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("wandb is not installed: pip install -e '.[wandb]', or leave --wandb out"
+                         ) from None
+    return wandb.init(project="nanoqstar", name=name, config=config)
