@@ -78,16 +78,16 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     ids, end = beginning_ids(tokenizer), end_of_text_id(tokenizer)
     if prompt != prompt.encode(errors="ignore").decode():  # Python has surrogates for such bytes
         raise InputError("the prompt holds bytes that are no UTF-8 text: leave them out")
-    if not prompt:
-        if not ids and end is None:
-            raise InputError("the prompt is empty, and the tokenizer has no token to start from: "
-                             "give some text")
-        return ids or [int(end or 0)]
-    try:
-        return ids + encode(tokenizer, prompt, "the prompt")
-    except InputError as error:
-        known = known_characters(tokenizer)
-        raise InputError(f"{error}; it knows {known}" if known else str(error)) from None
+    if prompt:
+        try:
+            return ids + encode(tokenizer, prompt, "the prompt")
+        except InputError as error:
+            known = known_characters(tokenizer)
+            raise InputError(f"{error}; it knows {known}" if known else str(error)) from None
+    if not ids and end is None:
+        raise InputError("the prompt is empty, and the tokenizer has no token to start from: give "
+                         "some text")
+    return ids or [end]  # type: ignore[list-item]
 
 
 def write(model: QuietStar, tokenizer: Tokenizer, prompt: str, n_ahead: int, cfg: SampleConfig,

@@ -31,10 +31,7 @@ if __name__ == "__main__":  # --help and typos are answered before torch is impo
 import dataclasses  # noqa: E402
 import math
 import os
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -46,7 +43,7 @@ from nanoqstar import InputError, evaluate, flops, hf
 from nanoqstar.dataset import TokenDataset
 from nanoqstar.device import pick_device, pick_threads, speed_up
 from nanoqstar.objective import Objective, Valid
-from nanoqstar.quietstar import QuietStar, uniforms
+from nanoqstar.quietstar import QuietStar, Rollout, draw_from, uniforms
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 from nanoqstar.runlog import RunLog, Signals, run_folder, start_wandb
 from nanoqstar.thoughts import ThoughtLayout
@@ -165,7 +162,7 @@ class Run:
     model: QuietStar
     tokenizer: Tokenizer
     origin: hf.Settings | None  # of the model it started from
-    saved: int = 0  # the update of the newest checkpoint
+    saved: tuple[Path, int] | None = None  # the newest checkpoint, and its update
 
     @property
     def first(self) -> int:
@@ -180,13 +177,17 @@ class Run:
         taught = self.origin and self.origin.thinking.n_ahead
         return self.origin.thinking if taught else None
 
-    def save(self, folder: str, step: int, thinking: hf.Thinking | None) -> None:
-        """Into a subfolder; a failure is said, and the run goes on with what was saved before."""
-        if self.log.guard(f"update {step} could not be saved", hf.save, self.log.folder / folder,
-                          self.model, self.tokenizer, thinking=thinking, step=step,
+    def save(self, phase: str, step: int) -> None:
+        """A failure is said, and the run goes on with what was saved before."""
+        name, thinking, step_saved = "checkpoint", self.thinking, step
+        if phase == "pretrain":
+            name, thinking, step_saved = "base", None, 0
+        folder = self.log.folder / name
+        if self.log.guard(f"update {step} could not be saved", hf.save, folder, self.model,
+                          self.tokenizer, thinking=thinking, step=step_saved,
                           config=dataclasses.asdict(self.cfg),
                           source=self.origin.folder if self.origin else None):
-            self.saved = step
+            self.saved = folder, step
 
 
 def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> None:
@@ -196,18 +197,18 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> None:
     learned is saved.
     """
     model, log, last = this.model, this.log, first + cfg.max_steps
-    optimizer, rollout = make_optimizer(model, cfg), thought_sampler(model, cfg, this.tokenizer)
+    optimizer, rollout = make_optimizer(model, cfg), rollout_of(this)
     objective = Objective(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Objective)})
-    where, thinking = ("base", None) if phase == "pretrain" else ("checkpoint", this.thinking)
     steps = prefetched(this.splits["train"], phase, range(first, last), cfg,
                        model.lm.head_weight.is_cuda)
     bar = tqdm(steps, desc=phase, total=cfg.max_steps, unit="step", disable=None, dynamic_ncols=True)
-    done, skipped, in_a_row, clock = first, 0, 0, Clock()
+    done, skipped, in_a_row, peak = first, 0, 0, flops.peak_flops(model.lm.head_weight.device)
+    log.start_clock(first)
     try:
         for step, batches, counts in bar:
             if phase != "pretrain" and (step - first) % cfg.eval_every == 0:
                 evaluate_now(this, step, rollout)
-                clock.start(step)
+                log.start_clock(step)
             this.signals.check()
             lr = learning_rate(step - first, cfg)
             stats, thoughts, grad_norm, finite = train_step(
@@ -219,83 +220,36 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> None:
                                  f"{done}): lower learning_rate or policy_weight; these updates changed "
                                  "nothing")
             if done % cfg.log_every == 0 or done == last:
-                values = {k: float(v) for k, v in stats.items()}
                 if thoughts is not None:
                     different = len(thoughts.flatten(0, 2).unique(dim=0))
-                    values["distinct"] = different / thoughts[..., 0].numel()
-                values |= {"grad_norm": float(grad_norm), "learning_rate": lr, "skipped": skipped,
-                           **speed(model, cfg, clock.lap(done), values)}
-                log.write(phase, done, **values)
-                log.say(line(phase, done, last, values), unless_recent=phase == "pretrain")
+                    stats["distinct"] = different / thoughts[..., 0].numel()
+                n_windows = cfg.batch_size * cfg.grad_accum
+                work = flops.of_update(model.lm.config, n_windows, cfg.max_length, cfg.n_ahead,
+                                       cfg.n_ahead_talk, cfg.n_passes, float(stats.get("live", 1)))
+                log.update(phase, done, last, n_windows * cfg.max_length, work, peak, stats | {
+                    "grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped})
             if done % cfg.save_every == 0 and done < last:
-                this.save(where, done, thinking)
+                this.save(phase, done)
     except BaseException as end:
         if done > first:
-            this.save(where, done, thinking)
+            this.save(phase, done)
         if isinstance(end, cli.Interrupted):
-            raise cli.Interrupted(end.number, f"ended by {end} after update {done} of {phase}; "
-                                  + (f"what it learned is in {log.folder / where}"
-                                     if done > first else "nothing was learned yet")) from None
+            kept = f"it is saved in {this.saved[0]}" if this.saved else "there was nothing to save"
+            raise cli.Interrupted(end.number, f"ended by {end} after update {done} of {phase}: {kept}"
+                                  ) from None
         raise
-    this.save(where, last, thinking)
+    this.save(phase, last)
 
 
-class Clock:
-    """Seconds per update since the last lap."""
-
-    def __init__(self) -> None:
-        self.start(0)
-
-    def start(self, step: int) -> None:
-        self.step, self.time = step, time.perf_counter()
-
-    def lap(self, step: int) -> float:
-        seconds = (time.perf_counter() - self.time) / max(1, step - self.step)
-        self.start(step)
-        return seconds
+def rollout_of(this: Run) -> Rollout:
+    """Where thoughts come from: the model, or in a control experiment the tokens of a text."""
+    text = this.cfg.thoughts_from
+    if text is None:
+        return this.model.rollout
+    return draw_from(encode(this.tokenizer, text, "thoughts_from"))
 
 
-def speed(model: QuietStar, cfg: TrainConfig, seconds: float, stats: dict) -> dict[str, float]:
-    """Text tokens and useful FLOPs per second; mfu, on a known GPU, their share of what it could do."""
-    config, windows = model.lm.config, cfg.batch_size * cfg.grad_accum
-    if cfg.n_ahead:
-        layout = ThoughtLayout(cfg.n_ahead, cfg.n_ahead_talk, cfg.n_passes, cfg.max_length)
-        work = flops.thinking_flops(config, layout, windows, stats["live"])
-    else:
-        work = flops.text_flops(config, cfg.max_length, windows)
-    rate = (work.sampling + work.learning) / seconds
-    peak = flops.peak_flops(model.lm.head_weight.device)
-    return {"seconds": seconds, "tokens_per_second": windows * cfg.max_length / seconds,
-            "tflops": rate / 1e12, **({"mfu": rate / peak} if peak else {})}
-
-
-def line(phase: str, done: int, last: int, values: dict[str, float]) -> str:
-    """What is shown of a row of metrics."""
-    shown = ("nll_base", "nll_talk", "policy", "reward", "gain", "positive", "mix", "entropy",
-             "distinct")
-    parts = [f"{phase} {done:5d}/{last}",
-             *(f"{k.removeprefix('nll_')} {values[k]:.3f}" for k in shown if k in values),
-             f"gnorm {values['grad_norm']:.2f}", f"lr {values['learning_rate']:.1e}",
-             f"{values['seconds'] * 1e3:.0f} ms", f"{values['tokens_per_second']:.0f} tok/s",
-             f"{values['tflops']:.3g} TFLOP/s"]
-    parts += [f"MFU {values['mfu']:.0%}"] if "mfu" in values else []
-    parts += [f"skipped {values['skipped']}"] if values["skipped"] else []
-    return "  ".join(parts)
-
-
-def thought_sampler(model: QuietStar, cfg: TrainConfig, tokenizer: Tokenizer):
-    """Where thoughts come from: the model, or in a control experiment the tokens of a text, uniformly."""
-    if cfg.thoughts_from is None:
-        return model.rollout
-    ids = torch.tensor(encode(tokenizer, cfg.thoughts_from, "thoughts_from"))
-
-    def draw(text, docs, u):
-        drawn = ids.to(u.device)[(u * len(ids)).long()]
-        return drawn, torch.full_like(u, -math.log(len(ids)))
-    return draw
-
-
-def evaluate_now(this: Run, step: int, rollout, final: bool = False) -> None:
+def evaluate_now(this: Run, step: int, rollout: Rollout, final: bool = False) -> None:
     """Scores the same val windows every time, logs the summary and shows a few thoughts; at the end
     the table as well."""
     cfg, log, is_fold = this.cfg, this.log, this.cfg.data == "fold"
@@ -305,7 +259,7 @@ def evaluate_now(this: Run, step: int, rollout, final: bool = False) -> None:
     with this.signals.at_once():  # nothing changes here
         scores = evaluate.score_text(
             this.model, text, docs, cfg.n_ahead, cfg.n_ahead_talk, seed=cfg.seed,
-            batch_size=cfg.batch_size, sampler=rollout, choices=fold.CHOICES if is_fold else None)
+            batch_size=cfg.batch_size, sampler=rollout, choices=range(len(fold.LETTERS)) if is_fold else None)
         if is_fold and final:
             greedy = fold.greedy_answers(this.model, text, cfg.n_ahead, **corpus)
     summary = evaluate.summarize(scores)
@@ -353,23 +307,17 @@ def check(cfg: TrainConfig):
 
 
 def check_memory(cfg: TrainConfig, model: Qwen2Config, device: torch.device) -> None:
-    """InputError where even the least that an update can need is more than there is."""
-    layout = ThoughtLayout(cfg.n_ahead or 3, cfg.n_ahead_talk, cfg.n_passes, cfg.max_length)
-    packed = layout.packing.n_packed if cfg.n_ahead else cfg.max_length
+    window = cfg.max_length + cfg.n_ahead_talk
+    packed, drawn = cfg.max_length, 0
+    if cfg.n_ahead:
+        layout = ThoughtLayout(cfg.n_ahead, cfg.n_ahead_talk, cfg.n_passes, cfg.max_length)
+        packed, drawn = layout.packing.n_packed, cfg.n_passes * cfg.max_length * layout.n_sampled
     n_tokens = cfg.batch_size * packed
     if cfg.model_path is None and cfg.pretrain_steps:
         n_tokens = max(n_tokens, cfg.pretrain_batch_size * cfg.max_length)
     windows = max(cfg.batch_size * cfg.grad_accum, cfg.eval_windows)
-    drawn = cfg.n_passes * cfg.max_length * max(0, cfg.n_ahead - 2)
-    for what, needed, there in (
-            ("the model and one forward", flops.least_bytes(model, n_tokens, cfg.checkpointing),
-             total_memory(device)),
-            ("the windows of an update or evaluation", windows * (16 * layout.n_text + 4 * drawn),
-             total_memory(torch.device("cpu")))):
-        if needed > there:
-            raise InputError(f"{what} would need more than {needed / 2**30:,.0f} GiB of memory, and there "
-                             f"are {there / 2**30:,.0f}: lower batch_size, n_passes, max_length, "
-                             "eval_windows or the model's sizes")
+    flops.refuse_beyond_memory(model, device, n_tokens, cfg.checkpointing,
+                               windows * (16 * window + 4 * drawn))
 
 
 def open_splits(cfg: TrainConfig, folder: Path) -> dict[str, TokenDataset]:
@@ -450,17 +398,17 @@ def pretrain(this: Run) -> None:
 def finish(this: Run) -> None:
     """The final evaluation, and where everything is."""
     cfg, log, last = this.cfg, this.log, this.first + this.cfg.max_steps
-    evaluate_now(this, last, thought_sampler(this.model, cfg, this.tokenizer), final=True)
+    evaluate_now(this, last, rollout_of(this), final=True)
     log.write("end", last, seconds=log.seconds)
     prompt = ""
     if cfg.data == "fold":
-        prompt = " --prompt " + fold.shell_prompt(cfg.fold_operands, cfg.fold_operations, cfg.seed)
+        prompt = f" --prompt '{fold.example_prompt(cfg.fold_operands, cfg.fold_operations, cfg.seed)}'"
     thoughts = " --show_thoughts" if cfg.n_ahead else ""
     log.say(f"{log.seconds:.0f} s in all. Try it: python sample.py --model_path {log.folder}{prompt}"
             f"{thoughts}")
-    if this.saved != last:
-        raise InputError(f"the last update is not saved: make room, then go on from update {this.saved}, "
-                         f"python train.py {this.name} --model_path {log.folder}")
+    if this.saved is None or this.saved[1] != last:
+        raise InputError(f"update {last} is not saved, for want of room or of rights in {log.folder}"
+                         + (f"; update {this.saved[1]} is, in {this.saved[0]}" if this.saved else ""))
 
 
 def run(name: str, cfg: TrainConfig) -> None:

@@ -324,9 +324,10 @@ def remarks(answers: dict[str, Any], greedy: dict[str, Any]) -> list[str]:
         lines += [f"mixing weight: {answers['direct']['mix']:.2f} on direct answers, "
                   f"{answers['mix_elsewhere']:.2f} off the answers",
                   f"thoughts before direct answers: {percentages(answers['thoughts'])}"]
-    if "thoughts" in greedy:
-        styles = {style: share for style, share in greedy["thoughts"].items() if style != "right"}
-        lines.append(f"greedy answers with thoughts: {percentages(styles)}")
+    for name, how in (("base", "without"), ("thoughts", "with")):
+        if name in greedy:
+            styles = {style: share for style, share in greedy[name].items() if style != "right"}
+            lines.append(f"greedy answers {how} thoughts: {percentages(styles)}")
     return lines
 
 

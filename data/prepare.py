@@ -1,40 +1,59 @@
-"""Text to tokens: a Hugging Face dataset (FineWeb-Edu by default) or local files become a folder of memmaps.
+"""Text to tokens: a Hugging Face dataset (FineWeb-Edu) or local files become a folder of memmaps.
 
     python data/prepare.py                                         # 200 million tokens of FineWeb-Edu
-    python data/prepare.py --input FOLDER --tokenizer train:4096   # your own text and tokenizer, no network
+    python data/prepare.py --input FOLDER --tokenizer train:4096   # your own text, no network
 
-Documents flow file by file: read, filtered, split by the hash of their text, tokenized in batches on all cores.
-Interrupted, the same command continues after the last batch.  Downloads stay in the Hugging Face cache.
+Documents flow file by file: read, filtered, split by the hash of their text, tokenized in batches on all
+cores.  Interrupted, the same command continues after the last batch.  Downloads stay in the Hugging Face
+cache.
 """
+# ruff: noqa: E402  (what takes long to import waits for the command line to be right)
 
-import shlex
-import shutil
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds only its own folder
+from configs import PRESETS, PrepareConfig
+from nanoqstar import InputError, cli
+
+
+def main(args: list[str]) -> int:
+    """Exit code of the command line `args`."""
+    return cli.command(args, lambda a: (cli.settings(PrepareConfig, a, __doc__ or ""),),
+                       "data.prepare:run")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+
+import errno
+import hashlib
+import shlex
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds only its own folder
-from configs import ConfigError, PrepareConfig, help_text, parse_options
-from data.sources import Source, fetch, hub_files, local_files
-from nanoqstar import InputError
-from data.writer import JOURNAL, DatasetWriter, split_of
+from data.sources import Item, Source, hub_files, local_files
+from data.writer import JOURNAL, DatasetWriter, remove_leftovers, split_of
 from nanoqstar.dataset import SPLITS, TokenDataset, partial_folder
-from nanoqstar.files import read_json
-from nanoqstar.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer
+from nanoqstar.files import LOCK, lock, read_json
+from nanoqstar.tokenizer import END_OF_TEXT, beginning_ids, end_of_text_id, load_tokenizer
 
 BATCH_CHARS = 2**22  # tokenized at once: enough for all cores, about a second's work for two of them
 TRAIN_CHARS = 100 * 10**6  # what a new tokenizer is trained on at most
 
 
+# ---- tokenizers
 
-def train_tokenizer(n_entries, texts):
-    """A byte-level BPE of `n_entries`, the 256 bytes and end-of-text included; the same for the same texts."""
-    def first_texts(n_chars=TRAIN_CHARS):
+
+def train_tokenizer(n_entries: int, texts: Iterable[str]) -> Tokenizer:
+    """A byte-level BPE, the 256 bytes and end-of-text included; the same for the same texts."""
+    def first_texts(n_chars: int = TRAIN_CHARS) -> Iterator[str]:
         for text in texts:
             yield text
             n_chars -= len(text)
@@ -49,26 +68,44 @@ def train_tokenizer(n_entries, texts):
         vocab_size=n_entries, special_tokens=[END_OF_TEXT[0]], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     if tokenizer.get_vocab_size() < n_entries:
-        print(f"there is too little text for {n_entries:,} entries: the tokenizer has {tokenizer.get_vocab_size():,}")
+        print(f"there is too little text for {n_entries:,} entries: the tokenizer has "
+              f"{tokenizer.get_vocab_size():,}")
     return tokenizer
 
 
-def find_tokenizer(cfg, source):
-    """The tokenizer that `cfg` names, or a new one trained on the train split."""
-    if cfg.tokenizer.startswith("train:"):
-        texts = (doc[-1] for doc in source.documents())
-        return train_tokenizer(int(cfg.tokenizer.removeprefix("train:")),
-                               (text for text in texts if split_of(text, cfg.val_fraction) == "train"))
-    if Path(cfg.tokenizer).is_dir():
-        return load_tokenizer(cfg.tokenizer)
-    return load_tokenizer(Path(fetch(hf_hub_download, cfg.tokenizer, "tokenizer.json")).parent)
+def find_tokenizer(cfg: PrepareConfig, source: Source) -> Tokenizer:
+    """The tokenizer that `cfg` names, or a new one trained on what hashes to the train split."""
+    new = cfg.tokenizer.startswith("train:")
+    tokenizer = None if new else load_tokenizer(cfg.tokenizer)
+    source.require_documents()  # before the long work
+    if tokenizer is None:
+        texts = (item.text for item in source.items() if item.text)
+        tokenizer = train_tokenizer(
+            int(cfg.tokenizer.removeprefix("train:")),
+            (text for text in texts if split_of(text, cfg.val_fraction) == "train"))
+    return tokenizer
 
 
-def batches(docs):
+def fitting_preset(tokenizer: str) -> str:
+    """The words for train.py that name a model with this tokenizer."""
+    for name, preset in PRESETS.items():
+        if preset.config.model_path == tokenizer:
+            return name
+    folder = Path(tokenizer)
+    if not (folder / "config.json").is_file():
+        return "text"  # a new model
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return f"{'qwen2_5_3b' if size > 2**29 else 'text'} --model_path {shlex.quote(tokenizer)}"
+
+
+# ---- tokens
+
+
+def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     batch, n_chars = [], 0
-    for doc in docs:
-        batch.append(doc)
-        n_chars += len(doc[-1])
+    for item in items:
+        batch.append(item)
+        n_chars += len(item.text) + 64  # what has no text takes room, too
         if n_chars >= BATCH_CHARS:
             yield batch
             batch, n_chars = [], 0
@@ -76,114 +113,163 @@ def batches(docs):
     yield []  # so that `encoded` hands out the one before
 
 
-def encoded(tokenizer, docs):
-    """Yields batches of (document, encoding): each is tokenized while the last is written and the next is read."""
+def encoded(tokenizer: Tokenizer, items: Iterable[Item]) -> Iterator[Iterable[tuple[Item, Encoding]]]:
+    """Yields batches: each is tokenized while the last is written and the next is read."""
     with ThreadPoolExecutor(1) as worker:
         last, job = [], None
-        for batch in batches(docs):
-            texts = [doc[-1] for doc in batch]
-            previous, job = job, worker.submit(tokenizer.encode_batch_fast, texts, add_special_tokens=False)
+        for batch in batches(items):
+            previous, job = job, worker.submit(tokenizer.encode_batch_fast,
+                                               [item.text for item in batch], add_special_tokens=False)
             if last:
-                yield zip(last, previous.result())
+                try:
+                    encodings = previous.result()
+                except Exception as error:  # the library raises bare Exceptions
+                    raise InputError(f"the tokenizer cannot encode this text: {error}") from None
+                yield zip(last, encodings)
             last = batch
 
 
-def tokenize(cfg, source, tokenizer, writer, place, arguments):
-    """Reads, tokenizes and writes from `place` on; returns the tokens per second, without waiting for the Hub."""
-    limit, end_of_text = cfg.max_tokens or float("inf"), [writer.end_of_text_id]
-    docs = source.documents(**place) if writer.n_tokens < limit else ()
+def tokenize(cfg: PrepareConfig, source: Source, tokenizer: Tokenizer, writer: DatasetWriter,
+             state: dict[str, Any]) -> float:
+    """Reads, tokenizes and writes from the journal's `state` on; tokens per second without the Hub's."""
+    limit, left_out = cfg.max_tokens or float("inf"), state["left_out"]
+    before, after = writer.meta["beginning_ids"], [writer.meta["end_of_text_id"]]
+    items = source.items(**state["place"]) if writer.n_tokens < limit else ()
     first, start = writer.n_tokens, time.perf_counter() - source.waited
     with tqdm(initial=first, unit="tok", unit_scale=True, desc=writer.folder.name) as bar:
-        for batch in encoded(tokenizer, docs):
-            for (file, number, share, text), encoding in batch:
-                writer.add(split_of(text, cfg.val_fraction), encoding.ids + end_of_text)
+        for batch in encoded(tokenizer, items):
+            for item, encoding in batch:
+                if item.fault:
+                    n, sentence = left_out.get(item.fault.kind, (0, item.fault.sentence))
+                    left_out[item.fault.kind] = (n + item.fault.n, sentence)
+                if item.text:
+                    writer.add(split_of(item.text, cfg.val_fraction), before + encoding.ids + after)
                 if writer.n_tokens >= limit:
                     break
-            writer.commit(arguments=arguments, files=source.files, revision=source.revision,
-                          place={"file": file, "skip": number})
-            bar.total = min(limit, round(writer.n_tokens / share))
+            state["place"] = {"file": item.file, "skip": item.number}
+            writer.commit(**state)
+            bar.total = min(limit, round(writer.n_tokens / item.share))
             bar.update(writer.n_tokens - bar.n)
             if writer.n_tokens >= limit:
                 break
     return (writer.n_tokens - first) / (time.perf_counter() - source.waited - start)
 
 
-def require_same(before, now, folder):
+# ---- the folder
+
+
+def require_same(before: Any, now: dict[str, Any], folder: Path) -> None:
     for key, value in now.items():
-        if before.get(key) != value:
-            raise InputError(f"{folder} was begun with {key} {before.get(key)}, now it is {value}: delete that folder, "
-                             "or choose another --out")
+        if not isinstance(before, dict) or key not in before:
+            raise InputError(f"{folder} was begun by an earlier version: delete that folder, or choose "
+                             "another --out")
+        if before[key] != value:
+            raise InputError(f"{folder} was begun with {key} {before[key]}, now it is {value}: delete "
+                             "that folder, or choose another --out")
 
 
-def prepare(cfg):
-    """Makes the folder --out, from its beginning or from where an interrupted run stopped, and returns its path."""
-    root = cfg.input and Path(cfg.input).resolve()
-    out = Path(cfg.out or Path(__file__).resolve().parent / (root or Path(cfg.dataset_name)).name.split(".")[0])
-    # what decides the result: a run may only continue, or stand for, another with the same
-    arguments = {k: getattr(cfg, k) for k in ("text_field", "min_score", "max_tokens", "val_fraction", "tokenizer")}
-    if root:
-        files = local_files(root, out.resolve())
-        size = sum(Path(file).stat().st_size for file in files)
-        arguments |= {"input": str(root), "files": len(files), "bytes": size}
-    else:
-        subset = cfg.dataset_subset or ("sample-10BT" if cfg.dataset_name == PrepareConfig.dataset_name else "default")
-        arguments |= {"dataset_name": cfg.dataset_name, "dataset_subset": subset}
+def is_prepared(out: Path, arguments: dict[str, Any]) -> bool:
+    """Whether `out` is there; InputError where it is anything but what `arguments` make."""
+    if not out.exists():
+        return False
+    if not (out / "meta.json").exists():
+        raise InputError(f"{out} exists and is not prepared data: choose another --out")
+    for split in SPLITS:
+        require_same(TokenDataset(out, split).meta.get("source"), arguments, out)
+    remove_leftovers(out)
+    print(f"{out} is already prepared with these arguments; delete it to prepare it again")
+    return True
 
-    if out.exists():
-        if not (out / "meta.json").exists():
-            raise InputError(f"{out} exists and is not prepared data: choose another --out")
-        for split in SPLITS:
-            require_same(TokenDataset(out, split).meta["source"], arguments, out)
-        print(f"{out} is already prepared with these arguments; delete it to prepare it again")
-        return out
-    partial = partial_folder(out)
-    journal = read_json(partial / JOURNAL) if (partial / JOURNAL).exists() else None
-    if journal:
-        require_same(journal["arguments"], arguments, partial)
-        source, place = Source(cfg, journal["files"], journal["revision"]), journal["place"]
-        tokenizer = load_tokenizer(partial)
+
+@contextmanager
+def claimed(partial: Path) -> Iterator[None]:
+    """Holds `partial` for this process; where it fails, only what can be continued stays."""
+    try:
+        with lock(partial):
+            try:
+                yield
+            except BaseException as error:
+                if not (partial / JOURNAL).exists():
+                    for path in partial.iterdir():
+                        if path.name != LOCK:
+                            path.unlink()
+                elif isinstance(error, KeyboardInterrupt):
+                    print("\nwhat is saved stays: the same command goes on from there", file=sys.stderr)
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise InputError(f"the disk of {partial} is full: make room, then the same command "
+                                     "goes on from what is saved") from None
+                raise
+    finally:
+        with suppress(OSError):  # not empty, or by its final name
+            partial.rmdir()
+
+
+def make(cfg: PrepareConfig, out: Path, arguments: dict[str, Any], files: list[str]) -> None:
+    """Makes `out`, from its beginning or from where an interrupted run stopped."""
+    journal, n_bytes = partial_folder(out) / JOURNAL, arguments.get("bytes", float("inf"))
+    if journal.exists():
+        state = read_json(journal)
+        require_same(state.get("arguments"), arguments, journal.parent)
+        source = Source(cfg, state["files"], state["revision"], n_bytes)
+        tokenizer, place = load_tokenizer(journal.parent), state["place"]
         print(f"continuing after file {place['file'] + 1}, document {place['skip']:,}")
+        counts = state
     else:
-        source = Source(cfg, files) if root else Source(cfg, *hub_files(cfg.dataset_name, subset))
-        tokenizer, place = find_tokenizer(cfg, source), {"file": 0, "skip": 0}
+        revision, counts = None, None
+        if not files:
+            files, revision = hub_files(cfg.dataset_name, arguments["dataset_subset"])
+        source = Source(cfg, files, revision, n_bytes)
+        tokenizer = find_tokenizer(cfg, source)
+        state = {"arguments": arguments, "files": files, "revision": revision,
+                 "place": {"file": 0, "skip": 0}, "left_out": {}}
 
     end_of_text = end_of_text_id(tokenizer)
     if end_of_text is None:
-        raise InputError(f"--tokenizer: {cfg.tokenizer} has no end-of-text token ({', '.join(END_OF_TEXT)})")
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
-    writer = DatasetWriter(out, tokenizer.to_str(pretty=True), vocab_size, end_of_text, journal)
-    tokenizer.encode_special_tokens = True  # those that the text itself spells stay text
-    speed = tokenize(cfg, source, tokenizer, writer, place, arguments)
-
-    n_documents = sum(count["documents"] for count in writer.counts.values())
-    for split, count in writer.counts.items():
-        if not count["documents"]:
-            shutil.rmtree(partial)
-            raise InputError(f"the {split} split is empty, of {n_documents:,} documents in all: give more text, or "
-                             f"change --val_fraction (now {cfg.val_fraction})")
-    writer.finish(arguments | {"revision": source.revision}, cfg.val_fraction)
-    train, val = (writer.counts[split]["tokens"] for split in SPLITS)
-    print(f"{out}: {train:,} tokens to train on, {val:,} held out, {n_documents:,} documents, {speed:,.0f} tokens/s")
-    return out
-
-
-def main(args):
-    if "--help" in args or "-h" in args:
-        print(help_text(PrepareConfig, __doc__.strip()))
-        return 0
-    try:
-        cfg = PrepareConfig(**parse_options(PrepareConfig, args))
-        out = prepare(cfg)
-    except (ConfigError, InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command again goes on after the last batch saved, if any", file=sys.stderr)
-        return 130
-    preset = "text" if cfg.tokenizer.startswith("train:") else "qwen2_5_3b"  # a new tokenizer needs a new model
-    print(f"next: python train.py {preset} --data {shlex.quote(str(out))}")
-    return 0
+        raise InputError(f"--tokenizer: {cfg.tokenizer} has no end-of-text token "
+                         f"({', '.join(END_OF_TEXT)})")
+    with DatasetWriter(out, tokenizer.to_str(pretty=True), max(tokenizer.get_vocab().values()) + 1,
+                       end_of_text, beginning_ids(tokenizer), counts) as writer:
+        tokenizer.encode_special_tokens = True  # those that the text itself spells stay text
+        speed = tokenize(cfg, source, tokenizer, writer, state)
+        writer.fill_short_split()
+        train, val = (writer.counts[split] for split in SPLITS)
+        n_documents = train["documents"] + val["documents"]
+        if n_documents < 2:
+            journal.unlink()  # not to be continued
+            raise InputError(f"a split is empty, of {n_documents} documents in all: give more text, or "
+                             "take more of it (--max_tokens, --min_score)")
+        writer.finish(arguments | {"revision": source.revision, "left_out": state["left_out"]},
+                      cfg.val_fraction)
+    print(f"{out}: {train['tokens']:,} tokens to train on, {val['tokens']:,} held out, {n_documents:,} "
+          f"documents, {speed:,.0f} tokens/s")
+    if state["left_out"]:
+        print("left out, or bytes replaced: " + "; ".join(
+            f"{n:,} times {kind} (first: {sentence})" for kind, (n, sentence)
+            in state["left_out"].items()) + "; --strict refuses instead")
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def run(cfg: PrepareConfig) -> None:
+    """Makes the folder --out, where it is not made yet, and says how to go on."""
+    root = Path(cfg.input).resolve() if cfg.input else None
+    out = Path(cfg.out or Path(__file__).resolve().parent
+               / (root or Path(cfg.dataset_name)).name.split(".")[0])
+    # what decides the result: a run may only continue, or stand for, another with the same
+    keys = ("text_field", "min_score", "max_tokens", "val_fraction", "strict", "tokenizer")
+    arguments, files = {key: getattr(cfg, key) for key in keys}, []
+    if (file := Path(cfg.tokenizer, "tokenizer.json")).is_file():
+        arguments["tokenizer_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    if root:
+        files = local_files(root, out.resolve())
+        stats = [Path(file).stat() for file in files]
+        states = repr([(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)])
+        arguments |= {"input": str(root), "files": len(files), "bytes": sum(s.st_size for s in stats),
+                      "names_sizes_times": hashlib.sha256(states.encode()).hexdigest()}
+    else:
+        default = "sample-10BT" if cfg.dataset_name == PrepareConfig.dataset_name else "default"
+        arguments |= {"dataset_name": cfg.dataset_name,
+                      "dataset_subset": cfg.dataset_subset or default}
+    if not is_prepared(out, arguments):
+        with claimed(partial_folder(out)):
+            if not is_prepared(out, arguments):  # another process may just have done it
+                make(cfg, out, arguments, files)
+    print(f"next: python train.py {fitting_preset(cfg.tokenizer)} --data {shlex.quote(str(out))}")

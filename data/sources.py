@@ -1,4 +1,4 @@
-"""Where text comes from: the files of a folder or of a Hugging Face dataset, and the documents in each."""
+"""Where text comes from: the files of a folder or of a Hugging Face dataset, their documents."""
 
 import gzip
 import io
@@ -6,165 +6,237 @@ import json
 import re
 import time
 import zlib
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, hf_hub_download
 
+from configs import PrepareConfig
 from nanoqstar import InputError
 from nanoqstar.dataset import partial_folder
-from nanoqstar.hf import hub_error
+from nanoqstar.hub import fetch
 
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text"}
-DOCUMENT_CHARS = 2**16  # plain text is cut into documents of about this size: so one big file has a val split, too
+DOCUMENT_CHARS = 2**16  # plain text is cut into documents of about this size ..
+SMALL_DOCUMENT_CHARS = 2**12  # .. or less, down to this, so that there are 64 of them to split
+HOPELESS = 1000  # rows without text at the very beginning: --text_field must be wrong
 
 
 # ---- which files
 
 
-def file_kind(name):
-    """'parquet', 'jsonl' or 'text' by the ending of the name, or by the one before .gz; None for all others."""
+def file_kind(name: str) -> str | None:
+    """'parquet', 'jsonl' or 'text' by the ending of the name, or by the one before .gz."""
     return KINDS.get(Path(name.lower().removesuffix(".gz")).suffix)
 
 
-def looks_readable(path):
-    """Whether a folder's file is data by its name, or begins as UTF-8 text; .json may be anything and is left out."""
-    name = path.name.lower()
-    if name.endswith((".parquet", ".jsonl", ".json", ".gz")):
-        return file_kind(name) is not None and not name.endswith((".json", ".json.gz"))
-    try:
-        with open(path, encoding="utf-8") as file:
-            return "\0" not in file.read(2**20)
-    except UnicodeDecodeError:
-        return False
+def looks_readable(path: Path) -> bool:
+    """Whether a file is data by its name, or begins as UTF-8 with hardly a bad byte."""
+    if path.suffix.lower() == ".gz" or file_kind(path.name) in ("jsonl", "parquet"):
+        return file_kind(path.name) is not None
+    with open(path, "rb") as file:
+        sample = file.read(2**20)
+    n_bad = len(re.findall("[\udc80-\udcff]", sample.decode("utf-8", "surrogateescape")))
+    return b"\0" not in sample and n_bad * 100 <= len(sample)
 
 
-def local_files(root, out):
-    """Sorted paths of the readable files in `root`, a file or a folder; hidden ones and those of `out` are left out."""
+def local_files(root: Path, out: Path) -> list[str]:
+    """Sorted paths of the readable files in `root`, a file or a folder; InputError: there is none.
+
+    Of a folder, hidden files, those of `out` and .json, which may hold anything, are left out.
+    """
     if not root.exists():
         raise InputError(f"--input: there is no file or folder {root}")
     if root.is_file():
+        if root.suffix.lower() != ".gz" and not looks_readable(root):
+            raise InputError(f"--input: {root} is no UTF-8 text: convert it first")
         return [str(root)]
     ours = {out, partial_folder(out)}
-    found = [path for path in sorted(root.rglob("*")) if path.is_file() and ours.isdisjoint(path.parents)
+    found = [path for path in sorted(root.rglob("*")) if path.is_file()
+             and ours.isdisjoint(path.parents)
              and "/." not in f"/{path.relative_to(root).as_posix()}"]
-    files = [str(path) for path in found if looks_readable(path)]
+    files = [str(path) for path in found
+             if not path.name.lower().endswith((".json", ".json.gz")) and looks_readable(path)]
     if len(files) < len(found):
-        print(f"skipped {len(found) - len(files)} of {len(found)} files: .json, binary, or not UTF-8")
+        print(f"skipped {len(found) - len(files)} of {len(found)} files: .json, binary, or not "
+              "UTF-8")
     if not files:
         raise InputError(f"--input: {root} holds no .txt, .jsonl, .parquet or other text file")
     return files
 
 
-def fetch(call, name, *args, **options):
-    """call(name, ...) of the Hub's client, its failures as one sentence."""
-    try:
-        return call(name, *args, **options)
-    except Exception as error:  # of the Hub's client or of its HTTP library, which depends on its version
-        raise hub_error(name, error) from None
-
-
-def train_patterns(data_files):
-    """The train split's patterns; a card's `data_files` is a pattern, or a list of patterns or {split, path} dicts."""
-    patterns = []
+def train_patterns(data_files: Any) -> list[str]:
+    """The train split's, of a card's `data_files`: a pattern, or a list of them or of dicts."""
+    patterns: list[str] = []
     for entry in data_files if isinstance(data_files, list) else [data_files]:
-        paths = entry if isinstance(entry, str) else entry["path"] if entry["split"] == "train" else []
+        paths = entry
+        if isinstance(entry, dict):
+            paths = entry.get("path", []) if entry.get("split", "train") == "train" else []
         patterns += [paths] if isinstance(paths, str) else paths
     return patterns
 
 
-def hub_files(name, subset):
-    """(training files, revision) of a dataset's subset, by its card's configs or else by the folder of that name."""
+def hub_files(name: str, subset: str) -> tuple[list[str], str]:
+    """(training files, revision) of a dataset's subset, by its card, else by its folder's name."""
     info = fetch(HfApi().dataset_info, name)
     names = sorted(file.rfilename for file in info.siblings or [] if file_kind(file.rfilename))
-    configs = {c.get("config_name", "default"): c for c in (info.card_data or {}).get("configs") or []}
+    configs = {c.get("config_name", "default"): c
+               for c in (info.card_data or {}).get("configs") or []}
     if configs and subset not in configs:
-        raise InputError(f"{name} has no subset {subset!r}; --dataset_subset can be {', '.join(configs)}")
+        raise InputError(f"{name} has no subset {subset!r}; --dataset_subset can be "
+                         f"{', '.join(configs)}")
     if configs:
-        patterns = train_patterns(configs[subset].get("data_files") or f"{configs[subset].get('data_dir', subset)}/*")
+        config = configs[subset]
+        patterns = train_patterns(config.get("data_files")
+                                  or f"{config.get('data_dir', subset)}/*")
     else:
         patterns = ["*" if subset == "default" else f"{subset}/*"]
-        names = [n for n in names if not re.search(r"(?<![a-z])(test|val|validation|dev)(?![a-z])", n)]
-    files = [n for n in names if any(fnmatchcase(n, pattern.replace("**/", "*")) for pattern in patterns)]
+        other = re.compile(r"(?<![a-z])(test|val|validation|dev)(?![a-z])")
+        names = [n for n in names if not other.search(n)]
+    files = [n for n in names if any(fnmatchcase(n, p.replace("**/", "*")) for p in patterns)]
     if not files:
-        raise InputError(f"{name} has no training files (.parquet, .jsonl, .json or .txt) in the subset {subset!r}: "
-                         "choose another --dataset_subset")
+        raise InputError(f"{name} has no training files (.parquet, .jsonl, .json or .txt) in the "
+                         f"subset {subset!r}: choose another --dataset_subset")
     return files, info.sha
 
 
 # ---- documents of a file
 
 
-def read_text(file, cfg):
-    """Pieces of about DOCUMENT_CHARS, cut at line ends where there are any."""
-    text = io.TextIOWrapper(file, encoding="utf-8-sig")
-    while piece := text.read(DOCUMENT_CHARS):
-        yield piece + text.readline(DOCUMENT_CHARS)
+class Fault(NamedTuple):
+    """Text that is left out, or whose bad bytes are replaced, `n` times in one place."""
+
+    kind: str
+    sentence: str
+    n: int = 1
 
 
-def read_jsonl(file, cfg):
+class Item(NamedTuple):
+    """The `number`-th thing found in the `file`-th file: a text, a fault, or a text with one."""
+
+    file: int
+    number: int
+    share: float  # of all files that is read by then
+    text: str
+    fault: Fault | None
+
+
+def read_text(file: Any, cfg: PrepareConfig, n_chars: int) -> Iterator[tuple[str, Any]]:
+    """Pieces of about `n_chars`, cut at line ends where there are any."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
+    for number, piece in enumerate(iter(lambda: text.read(n_chars), ""), 1):
+        yield f"document {number}", piece + text.readline(n_chars)
+
+
+def read_jsonl(file: Any, cfg: PrepareConfig, n_chars: int) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
-                row = json.loads(line)
-            except ValueError:
+                row = json.loads(line.decode("utf-8-sig", "surrogateescape"))
+            except (ValueError, RecursionError):
                 row = None
-            yield text_of(row, f"line {number}", cfg)
+            yield f"line {number}", row
 
 
-def read_parquet(file, cfg):
+def read_parquet(file: Any, cfg: PrepareConfig, n_chars: int) -> Iterator[tuple[str, Any]]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise InputError("reading .parquet needs pyarrow: pip install -e '.[data]'") from None
-    parquet = ParquetFile(file, pre_buffer=False)  # or it reads far ahead, and the share read so far says nothing
+    parquet = ParquetFile(file, pre_buffer=False)  # or it reads far ahead of the share read so far
     names = parquet.schema_arrow.names
-    columns = [name for name in names if name in (cfg.text_field, "int_score")] if cfg.text_field in names else None
-    for batch in parquet.iter_batches(batch_size=64, columns=columns):
-        yield from (text_of(row, "a row", cfg) for row in batch.to_pylist())
+    columns = [name for name in names if name in (cfg.text_field, "int_score")]
+    batches = parquet.iter_batches(64, columns=columns if cfg.text_field in names else None)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def text_of(row, where, cfg):
-    """The text of a dict, or None where its int_score is too low; ValueError where it has none."""
-    if not isinstance(row, dict) or not isinstance(row.get(cfg.text_field, 0), str | None):
-        found = f"the fields {', '.join(row)}" if isinstance(row, dict) else "no JSON object"
-        raise ValueError(f"{where} has no text in {cfg.text_field!r}, but {found}; --text_field names another")
-    score = row.get("int_score")
-    return row[cfg.text_field] if score is None or score >= cfg.min_score else None
+READERS = {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet}
 
 
-def read_documents(path, name, cfg):
-    """Yields (share of the file read so far, text) for every document that passes the filter."""
-    kind = file_kind(name) or "text"
+def text_of(row: Any, where: str, cfg: PrepareConfig) -> tuple[str, Fault | None]:
+    """The text of a row ('': it has none, or too low an int_score) and what is wrong with it."""
+    text, score = row, None
+    if isinstance(row, dict):
+        text, score = row.get(cfg.text_field, 0), row.get("int_score")
+        if not isinstance(text, str | None):
+            return "", Fault(f"no text in {cfg.text_field!r}", f"{where} has no text in "
+                             f"{cfg.text_field!r}, but the fields {', '.join(row)}; --text_field "
+                             "names another")
+    elif not isinstance(row, str):
+        return "", Fault("no JSON", f"{where} is no JSON object")
+    if not text or text.isspace() or (isinstance(score, int | float) and score < cfg.min_score):
+        return "", None
     try:
-        with open(path, "rb") as raw, gzip.open(raw) if name.lower().endswith(".gz") else raw as file:
+        text.encode()
+        return text, None
+    except UnicodeEncodeError:  # bad bytes; JSON can also hold half a surrogate pair
+        text, n = re.subn("[\ud800-\udfff]+", "\ufffd", text)
+        return text, Fault("no UTF-8", f"{where} has bytes that are no UTF-8", n)
+
+
+def read_documents(path: str, name: str, cfg: PrepareConfig, n_chars: int
+                   ) -> Iterator[tuple[float, str, Fault | None]]:
+    """Yields (share of the file read so far, text, fault) for every document or fault."""
+    kind = file_kind(name) or "text"
+    zipped = name.lower().endswith(".gz")
+    try:
+        with open(path, "rb") as raw, gzip.open(raw) if zipped else raw as file:
             size = Path(path).stat().st_size
-            for text in {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet}[kind](file, cfg):
-                if text and not text.isspace():  # JSON can hold half a surrogate pair, UTF-8 cannot
-                    yield raw.tell() / size, text.encode("utf-8", "replace").decode()
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{name} cannot be read as {kind}: {error}") from None
+            for where, row in READERS[kind](file, cfg, n_chars):
+                text, fault = text_of(row, f"{name}, {where},", cfg)
+                if text or fault:
+                    yield raw.tell() / size, text, fault
+    except (OSError, EOFError, ValueError, NotImplementedError, zlib.error) as error:
+        yield 1.0, "", Fault("cannot be read", f"{name} cannot be read as {kind}: {error}")
 
 
 class Source:
-    """Files to read, here or, with a `revision`, on the Hub; `waited` counts the seconds that the Hub took."""
+    """Files to read, here or, with a `revision`, on the Hub.
 
-    def __init__(self, cfg, files, revision=None):
+    n_bytes: of all files, where that is known.  `waited` counts the seconds that the Hub took.
+    """
+
+    def __init__(self, cfg: PrepareConfig, files: list[str], revision: str | None = None,
+                 n_bytes: float = float("inf")) -> None:
         self.cfg, self.files, self.revision, self.waited = cfg, files, revision, 0.0
+        self.n_chars = int(min(DOCUMENT_CHARS, max(SMALL_DOCUMENT_CHARS, n_bytes // 64)))
 
-    def local_path(self, name):
+    def local_path(self, name: str) -> str:
         if not self.revision:
             return name
         start = time.perf_counter()
-        path = fetch(hf_hub_download, self.cfg.dataset_name, name, repo_type="dataset", revision=self.revision)
+        path = fetch(hf_hub_download, self.cfg.dataset_name, name, repo_type="dataset",
+                     revision=self.revision)
         self.waited += time.perf_counter() - start
         return path
 
-    def documents(self, file=0, skip=0):
-        """Yields (index of the file, documents of it so far, share of all read so far, text) from a place on."""
+    def items(self, file: int = 0, skip: int = 0) -> Iterator[Item]:
+        """All after the `skip`-th of a file, in order; InputError for a fault (--strict)."""
         for index in range(file, len(self.files)):
             name = self.files[index]
-            for number, (share, text) in enumerate(read_documents(self.local_path(name), name, self.cfg), 1):
-                if number > skip:
-                    yield index, number, (index + share) / len(self.files), text
+            found = read_documents(self.local_path(name), name, self.cfg, self.n_chars)
+            for number, (share, text, fault) in islice(enumerate(found, 1), skip, None):
+                if fault and self.cfg.strict:
+                    raise InputError(fault.sentence)
+                yield Item(index, number, (index + share) / len(self.files), text, fault)
             skip = 0
+
+    def require_documents(self) -> None:
+        """InputError, soon, where there are not the two documents that two splits need."""
+        n_texts, faults = 0, []
+        for item in self.items():
+            n_texts += item.text != ""
+            faults += [item.fault] if item.fault else []
+            if n_texts == 2:
+                return
+            if not n_texts and len(faults) == HOPELESS:
+                break
+        if faults:
+            raise InputError(faults[0].sentence)
+        raise InputError(f"{', '.join(self.files[:3])}: two documents are needed, to train on and to "
+                         f"hold out, and there are {n_texts}: give more than {self.n_chars:,} "
+                         "characters of plain text, or .jsonl with a document a line")

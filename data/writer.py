@@ -49,7 +49,7 @@ class DatasetWriter:
                      "end_of_text_id": end_of_text_id, "beginning_ids": list(beginning_ids)}
         none = {"tokens": 0, "documents": 0}
         self.counts = {split: dict(journal[split] if journal else none) for split in SPLITS}
-        self.state: dict[str, Any] = {}
+        self.state = dict(journal or {})
         self.partial.mkdir(parents=True, exist_ok=True)
         (self.partial / "tokenizer.json").write_bytes(tokenizer_json.encode())
         self._open = ExitStack()

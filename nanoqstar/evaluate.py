@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from nanoqstar import InputError
 from nanoqstar.device import autocast
@@ -140,3 +141,23 @@ def table(summary: dict[str, Any], thinks: bool, rows: Sequence[Row] = (),
         lines += [*remarks, f"gain by decile of base NLL (easy to hard): {deciles}",
                   f"mean gain {summary['gain']:+.4f}{spread} nats a token"]
     return "\n".join(lines)
+
+
+def line(step: int, summary: dict[str, Any], thinks: bool) -> str:
+    """What is said of an evaluation."""
+    said = f"eval at {step}: nll {summary['nll_base']:.3f}"
+    if thinks:
+        said += (f" -> {summary['nll_mixed']:.3f} with thoughts, gain {summary['gain']:+.4f} (hardest "
+                 f"tenth {summary['gain_hardest']:+.3f})")
+    return said
+
+
+def shown(scores: TextScores, tokenizer: Tokenizer, n: int, i: int) -> str:
+    """The thought at position i of window n, and what it did to the next token's probability."""
+    context, thought, target = (
+        tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        for ids in (scores.text[n, max(0, i - 15):i + 1], scores.thoughts[n, i],
+                    scores.text[n, i + 1:i + 2]))
+    base, mixed = scores.base_lp[n, i].exp(), scores.mixed_lp[n, i].exp()
+    return (f"  {context[-24:]!r:>28} thinks {thought!r}, then {target!r}: p {base:.2f} -> "
+            f"{mixed:.2f}")

@@ -1,22 +1,14 @@
 """What a step costs before it is run: FLOPs, and a lower bound of its memory."""
 
-from dataclasses import dataclass
-
 import torch
 
+from nanoqstar import InputError
+from nanoqstar.device import total_memory
 from nanoqstar.qwen2 import Qwen2Config
 from nanoqstar.thoughts import ThoughtLayout
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
          "3090": 71e12}  # dense bf16 FLOP/s by the makers' sheets
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Of one forward's windows."""
-
-    sampling: int
-    learning: int
 
 
 def n_parameters(model: Qwen2Config) -> int:
@@ -32,8 +24,8 @@ def block_weights(model: Qwen2Config) -> int:
         2 * width + 2 * kv_width + 3 * model.intermediate_size)
 
 
-def thinking_flops(model: Qwen2Config, layout: ThoughtLayout, batch: int, live: float = 1.0) -> Flops:
-    """Useful FLOPs: products with weights and visible attention pairs, nothing twice.
+def thinking_flops(model: Qwen2Config, layout: ThoughtLayout, batch: int, live: float = 1.0) -> tuple[int, int]:
+    """Useful FLOPs of (sampling, learning): products with weights and visible attention pairs, nothing twice.
 
     Learning counts forward and backward (3 x forward), whatever is recomputed; only rows whose logits
     are used count for the LM head: of the thoughts, the share `live` that has an advantage. Start is
@@ -52,15 +44,24 @@ def thinking_flops(model: Qwen2Config, layout: ThoughtLayout, batch: int, live: 
 
     sampling = forward(s - 1, t * (1 + p * (s - 1)))
     learning = 3 * forward(s + a, layout.n_text + t * p * (s * live + a))
-    return Flops(batch * sampling, batch * learning)
+    return batch * sampling, batch * learning
 
 
-def text_flops(model: Qwen2Config, n_positions: int, batch: int) -> Flops:
-    """The same of plain training on windows of n_positions tokens."""
+def text_flops(model: Qwen2Config, n_positions: int, batch: int) -> int:
+    """Those of plain training on windows of n_positions tokens."""
     weights = block_weights(model) + model.vocab_size * model.hidden_size
     pairs = n_positions * (n_positions + 1) // 2
     pair = 4 * model.num_attention_heads * model.head_dim * model.num_hidden_layers
-    return Flops(0, 3 * batch * (2 * weights * n_positions + pair * pairs))
+    return 3 * batch * (2 * weights * n_positions + pair * pairs)
+
+
+def of_update(model: Qwen2Config, n_windows: int, n_positions: int, n_ahead: int, n_ahead_talk: int,
+              n_passes: int, live: float) -> int:
+    """Useful FLOPs of an update, with thoughts or (n_ahead 0) without."""
+    if n_ahead == 0:
+        return text_flops(model, n_positions, n_windows)
+    layout = ThoughtLayout(n_ahead, n_ahead_talk, n_passes, n_positions)
+    return sum(thinking_flops(model, layout, n_windows, live))
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -71,12 +72,21 @@ def peak_flops(device: torch.device) -> float | None:
     return next((rate for card, rate in PEAKS.items() if card in name), None)
 
 
-def least_bytes(model: Qwen2Config, n_tokens: int, checkpointing: float) -> int:
-    """Fewer bytes than a step over n_tokens packed tokens can need in any case.
+def refuse_beyond_memory(model: Qwen2Config, device: torch.device, n_tokens: int,
+                         checkpointing: float, host_bytes: int) -> None:
+    """InputError where even less than a step can need is more than there is.
 
-    fp32 weights, gradients and two Adam moments; of the activations those that products keep for the
-    backward pass, in bf16, unless they are recomputed.
+    Counted: fp32 weights, gradients and two Adam moments; of the activations of n_tokens packed tokens
+    those that products keep for the backward pass, in bf16, unless they are recomputed. host_bytes: of
+    the windows and random numbers that wait.
     """
     kept = 2 * model.hidden_size + (1 - checkpointing) * (
         4 * model.hidden_size + 3 * model.intermediate_size)
-    return round(16 * n_parameters(model) + 2 * n_tokens * model.num_hidden_layers * kept)
+    needed = 16 * n_parameters(model) + 2 * n_tokens * model.num_hidden_layers * kept
+    for what, size, there in (
+            ("the model and one forward", needed, total_memory(device)),
+            ("the windows of an update or evaluation", host_bytes, total_memory(torch.device("cpu")))):
+        if size > there:
+            raise InputError(f"{what} would need more than {size / 2**30:,.0f} GiB of memory, and there "
+                             f"are {there / 2**30:,.0f}: lower batch_size, grad_accum, n_passes, "
+                             "max_length, eval_windows or the model's sizes")

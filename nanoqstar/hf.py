@@ -4,38 +4,48 @@ Our own additions lie beside them in `quietstar.safetensors`, so that any Qwen2 
 what we save.
 """
 
-import json
 import math
 import os
-import re
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from nanoqstar import InputError
-from nanoqstar.files import read_json, sync
+from nanoqstar.files import read_json, sync, write_json
 from nanoqstar.hub import fetch, hub_id
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
-from nanoqstar.tokenizer import (END_OF_TURN, beginning_ids, end_of_text_id, load_tokenizer,
-                                 unknown_ids)
+from nanoqstar.tokenizer import (
+    END_OF_TURN,
+    beginning_ids,
+    end_of_text_id,
+    load_tokenizer,
+    unknown_ids,
+)
+from nanoqstar.weights import (
+    Stored,
+    check,
+    check_sizes,
+    copy,
+    find_weights,
+    from_official,
+    read_config,
+    read_header,
+    special_ids,
+)
 
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
               "chat_template.json", "generation_config.json")  # for transformers: taken along
 FILES = ["config.json", "tokenizer.json", "model.safetensors", "model-*.safetensors",
          "model.safetensors.index.json", "quietstar.safetensors", "nanoqstar.json", *COMPANIONS]
-DTYPES = ("BF16", "F16", "F32", "F64")
-ABSURD = 1000  # times the largest tensor there is, or layers a tensor: refused before memory is asked
-LISTED = 10  # names of wrong tensors in an error
-EMBEDDING_SCALE = 100  # the official code stores the delimiters' embeddings divided by this
 
 
 @dataclass(frozen=True)
@@ -65,102 +75,53 @@ class Settings:
 
 
 def newest(folder: Path) -> Path:
-    """`folder`, or where `save` was killed between its two renames, what it had put aside."""
-    old = folder.with_name(folder.name + ".old") if folder.name else folder
+    """`folder`, or what `save` had put aside where it was killed between its two renames."""
+    old = Path(f"{folder.resolve()}.old")
     return old if not folder.exists() and (old / "nanoqstar.json").exists() else folder
 
 
 def resolve(path_or_id: str | os.PathLike) -> Path:
-    """The folder of a model, of a run's checkpoint, or to where the Hub's `owner/name` was fetched.
+    """The folder of a model, or of a run's checkpoint, or where the Hub's `owner/name` was put.
 
-    Raises InputError: neither a folder nor an id, no network, no such repository, or no access to it.
+    Raises InputError: neither a folder nor an id, no network, no such repository, no access to it.
     """
     folder = newest(Path(path_or_id))
     if not folder.is_dir():
         return Path(fetch(snapshot_download, hub_id(path_or_id), allow_patterns=FILES))
     checkpoint = newest(folder / "checkpoint")  # a run's folder stands for what it trained
     if not checkpoint.is_dir() and (folder / "metrics.jsonl").exists():
-        raise InputError(f"the run in {folder} has saved nothing yet; its pre-trained base, if any, is "
-                         "in its base/")
+        raise InputError(f"the run in {folder} has saved nothing yet; its pre-trained base, if "
+                         "any, is in its base/")
     return checkpoint if checkpoint.is_dir() else folder
 
 
-# ---- config.json
-
-SIZES = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-DEFAULTS: dict[str, dict[str, Any]] = {  # of transformers: what an absent key means
-    "qwen2": SIZES | {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
-                      "max_position_embeddings": 32768},
-    "mistral": SIZES | {"vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8,
-                        "max_position_embeddings": 131072}}
+# ---- settings beside the weights
 
 
-def read_config(folder: str | os.PathLike) -> Qwen2Config:
-    """Qwen2Config from config.json (Qwen2, Qwen2.5, Mistral), read as transformers reads it.
+def read_info(folder: Path) -> tuple[int, dict[str, Any]]:
+    """(step, config) of nanoqstar.json; (0, {}) of a model that is not ours."""
+    file = folder / "nanoqstar.json"
+    info = read_json(file) if file.exists() else {}
+    step, config = info.get("step", 0), info.get("config") or {}
+    if type(step) is not int or step < 0 or not isinstance(config, dict):
+        raise InputError(f"{file} is damaged: it must hold a step, an integer from 0 on, and a "
+                         "config, an object")
+    return step, config
 
-    Raises InputError that names whatever we would compute wrongly.
-    """
-    file = Path(folder) / "config.json"
-    raw = read_json(file)
 
-    def get(key: str, kind: type, default: Any = None) -> Any:
-        value = raw.get(key, default)
-        if kind is bool:
-            good, wanted = isinstance(value, bool), "true or false"
-        else:
-            good = (isinstance(value, (int, kind)) and not isinstance(value, bool)
-                    and 0 < value < math.inf)
-            wanted = "a positive integer" if kind is int else "a positive number"
-        if not good:
-            raise InputError(f"{file}: {key} must be {wanted}, not {value!r}")
-        return kind(value)
-
-    def refuse(what: str) -> None:
-        raise InputError(f"{file}: {what} is not supported; nanoqstar computes plain Qwen2, Qwen2.5 "
-                         "and Mistral only")
-
-    if raw.get("model_type") not in DEFAULTS:
-        refuse(f"model_type {raw.get('model_type')!r}")
-    if raw.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act {raw['hidden_act']!r}")
-    for key in ("mlp_bias", "quantization_config", "use_qk_norm", "use_mrope"):
-        if raw.get(key):
-            refuse(f"{key} {raw[key]!r}")
-    for key in ("rope_scaling", "rope_parameters"):  # the latter since transformers 5
-        rope = raw.get(key) or {}
-        if not isinstance(rope, dict) or any(isinstance(x, dict) for x in rope.values()):
-            refuse(f"{key} {rope!r}")
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            refuse(f"{key} of type {rope.get('rope_type', rope.get('type'))!r}")
-        if "rope_theta" in rope:
-            raw["rope_theta"] = rope["rope_theta"]
-
-    is_qwen = raw["model_type"] == "qwen2"
-    raw = DEFAULTS[raw["model_type"]] | raw
-    heads, hidden = get("num_attention_heads", int), get("hidden_size", int)
-    for key, meaning in (("num_key_value_heads", heads), ("head_dim", hidden // heads)):
-        raw[key] = meaning if raw.get(key) is None else raw[key]
-    positions = get("max_position_embeddings", int)
-    window = None
-    if raw.get("sliding_window", 4096) is not None and (
-            not is_qwen or get("use_sliding_window", bool, False)):
-        window = get("sliding_window", int, 4096)
-    window = window if window and window < positions else None
-    if is_qwen and window:
-        refuse(f"use_sliding_window with a sliding_window of {window}")
-    config = Qwen2Config(
-        vocab_size=get("vocab_size", int), hidden_size=hidden,
-        intermediate_size=get("intermediate_size", int),
-        num_hidden_layers=get("num_hidden_layers", int), num_attention_heads=heads,
-        num_key_value_heads=get("num_key_value_heads", int), head_dim=get("head_dim", int),
-        max_position_embeddings=positions, rope_theta=get("rope_theta", float, 10000.0),
-        rms_norm_eps=get("rms_norm_eps", float, 1e-6), attention_bias=is_qwen,
-        tie_word_embeddings=get("tie_word_embeddings", bool, False), sliding_window=window)
-    if heads % config.num_key_value_heads or config.head_dim % 2:
-        raise InputError(f"{file}: {heads} attention heads must be a multiple of "
-                         f"{config.num_key_value_heads} key/value heads, and head_dim "
-                         f"{config.head_dim} even")
-    return config
+def read_thinking(file: Path, given: Mapping[str, Any]) -> Thinking:
+    """`given` as Thinking; what it lacks is the official checkpoint's."""
+    known = {k: given.get(k) or default for k, default in asdict(OFFICIAL).items()}
+    try:
+        thinking = Thinking(int(known["n_ahead"]), int(known["n_ahead_talk"]),
+                            float(known["thought_temperature"]))
+    except (TypeError, ValueError, OverflowError):
+        thinking = Thinking()
+    if (thinking.n_ahead < 3 or thinking.n_ahead_talk < 1
+            or not 0 < thinking.thought_temperature < math.inf):
+        raise InputError(f"{file} is damaged: n_ahead (3 or more), n_ahead_talk (1 or more) or "
+                         "thought_temperature (a positive number) is not what it must be")
+    return thinking
 
 
 def check_context(config: Qwen2Config, n_positions: int) -> None:
@@ -172,139 +133,135 @@ def check_context(config: Qwen2Config, n_positions: int) -> None:
                          "max_new_tokens, or max_length) or the thoughts")
 
 
-def special_ids(folder: Path, key: str) -> list[int]:
-    """Ids that generation_config.json and config.json give for `key`: 'eos_token_id', say."""
-    found: list[int] = []
-    for file in (folder / "generation_config.json", folder / "config.json"):
-        value = read_json(file).get(key) if file.exists() else None
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(type(x) is not int for x in ids):
-            raise InputError(f"{file}: {key} must be an integer or a list of them, not {value!r}")
-        found += ids
-    return list(dict.fromkeys(found))
-
-
-# ---- weights
-
-
-class Stored(NamedTuple):
-    """One tensor on disk."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name
-
-
-def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """({name: Stored}, metadata) of a safetensors file; InputError where it is missing or not whole."""
-    try:
-        with safe_open(file, "pt") as f:  # checks the header against itself and the file's length
-            slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
-            return {name: Stored(file, tuple(x.get_shape()), x.get_dtype())
-                    for name, x in slices.items()}, f.metadata() or {}
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing: the download or copy of this model is not "
-                         "complete") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is damaged or cut short, fetch it again ({error})") from error
-
-
-def find_weights(folder: Path) -> dict[str, Stored]:
-    """{name: Stored} of model.safetensors, or of all shards that its index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return read_header(single)[0]
-    if not index.exists():
-        pickles = [x.name for x in folder.glob("*.bin")]
-        raise InputError(f"{folder} has no model.safetensors" + (
-            f" but pickles ({pickles[0]}), which are not read: convert them with transformers' "
-            "save_pretrained" if pickles else ", nor shards with a model.safetensors.index.json"))
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
-        raise InputError(f"{index} has no weight_map from tensors to files")
-    stored = {}
-    for shard in sorted(set(shards.values())):
-        if not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):
-            raise InputError(f"{index} names {shard!r}: only .safetensors files beside it are read")
-        stored |= read_header(folder / shard)[0]
-    return stored
-
-
-def check(folder: Path, stored: Mapping[str, Stored], shapes: Mapping[str, Iterable[int]]) -> None:
-    """InputError for tensors that are missing, unexpected, misshapen or of a dtype we do not read."""
-    here = {n: x for n, x in stored.items() if n in shapes}
-    problems = {
-        "missing": sorted(shapes.keys() - stored.keys()),
-        "unexpected": sorted(stored.keys() - shapes.keys()),
-        "misshapen": [f"{n} {list(x.shape)} instead of {list(shapes[n])}" for n, x in here.items()
-                      if x.shape != tuple(shapes[n])],
-        f"of a dtype other than {', '.join(DTYPES)}": [
-            f"{n} {x.dtype}" for n, x in here.items() if x.dtype not in DTYPES]}
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{len(x)} {what}: {', '.join(x[:LISTED])}" + ", .." * (len(x) > LISTED)
-            for what, x in problems.items() if x)
-        raise InputError(f"the tensors in {folder} are not those of its config.json: {listed}")
-
-
-def copy(stored: Mapping[str, Stored], targets: Mapping[str, torch.Tensor]) -> None:
-    """Fills the targets, of any dtype and device, one by one; InputError where one is not finite."""
-    for file in sorted({stored[name].file for name in targets}):
-        with safe_open(file, "pt") as f, torch.no_grad():
-            for name in [n for n in targets if stored[n].file == file]:
-                x = f.get_tensor(name)
-                if x.numel() and not all(map(math.isfinite, (y.item() for y in x.aminmax()))):
-                    raise InputError(f"{file}: {name} holds numbers that are not finite (NaN or "
-                                     "infinity): this model is broken, take an earlier one")
-                targets[name].copy_(x)
-
-
-def from_official(weights: Mapping[str, torch.Tensor], scale: float = EMBEDDING_SCALE
-                  ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Splits the official code's tensors into (language model's, ours): `talk_head.0.*` is
-    `mixing_head.*`, and the delimiters' embeddings are row 0, stored divided by `scale`."""
-    weights = dict(weights)
-    added = {f"{n}_embedding": weights.pop(f"{n}_embedding")[0] * scale for n in ("start", "end")}
-    for name in [n for n in weights if n.startswith("talk_head.0.")]:
-        added[f"mixing_head.{name.removeprefix('talk_head.0.')}"] = weights.pop(name)
-    return weights, added
-
-
-# ---- a model, whole
+# ---- in and out
 
 
 def load_thinker(path_or_id: str | os.PathLike, device: str | torch.device = "cpu",
                  dtype: torch.dtype = torch.float32, tokenizer: str | os.PathLike | None = None,
                  ) -> tuple[QuietStar, Tokenizer, Settings]:
-    """The model of a local folder or Hub id, its tokenizer (or the one in `tokenizer`, likewise a
-    folder or Hub id) and its settings.
+    """The model of a local folder or Hub id, its tokenizer (or that of `tokenizer`, likewise a
+    folder or Hub id), and its settings.
 
-    It is read tensor by tensor, so that there is about one copy in host memory, after every name,
-    shape and dtype was checked. The language model is in `dtype`; start, end and mixing head are in
-    fp32 at least, from `quietstar.safetensors` or the layout of the official checkpoint, or
-    uninitialised (thinking.n_ahead is 0). Raises InputError.
+    It is read tensor by tensor, about one copy in host memory, after every name, shape and dtype
+    was checked. The language model is in `dtype`; start, end and mixing head in fp32 at least: from
+    `quietstar.safetensors`, from the layout of the official checkpoint, or else uninitialised
+    (thinking.n_ahead is 0). Raises InputError.
     """
     folder = resolve(path_or_id)
-    config, info = read_config(folder), read_info(folder)
+    config, (step, trained) = read_config(folder), read_info(folder)
     words = load_tokenizer(tokenizer or folder)
     banned = unknown_ids(words, config.vocab_size)
+    ends = [*special_ids(folder, "eos_token_id"), end_of_text_id(words),
+            words.token_to_id(END_OF_TURN)]
     stored = {name: x for name, x in find_weights(folder).items()
               if not name.endswith("rotary_emb.inv_freq")}
-    check_sizes(folder, config, stored)
-    with torch.device("meta"):
-        model = QuietStar(Qwen2(config))
-    shapes = {name: p.shape for name, p in model.lm.named_parameters()}
-    ours = {name: p.shape for name, p in model.named_parameters() if not name.startswith("lm.")}
-    official = {n.replace("mixing_head.", "talk_head.0."):
-                (2, *s) if n.endswith("_embedding") else s for n, s in ours.items()}
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)  # the same as the embedding
-    own, extra, metadata = folder / "quietstar.safetensors", {}, {}
+    check_sizes(folder, config, stored)
+
+    own, thinking = folder / "quietstar.safetensors", Thinking()
+    extra: dict[str, Stored] = {}
+    is_official = any(n.startswith(("talk_head.", "start_", "end_")) for n in stored)
     if own.exists():
         extra, metadata = read_header(own)
+        thinking = read_thinking(own, trained | metadata)
+    elif is_official:
+        thinking = OFFICIAL
+    with torch.device("meta"):
+        model = QuietStar(Qwen2(config), thinking.thought_temperature)
+    shapes: dict[str, Sequence[int]] = {n: p.shape for n, p in model.lm.named_parameters()}
+    ours = {n: p.shape for n, p in model.named_parameters() if not n.startswith("lm.")}
+    theirs: dict[str, Sequence[int]] = {
+        n.replace("mixing_head.", "talk_head.0."): (2, *s) if n.endswith("_embedding") else s
+        for n, s in ours.items() if is_official}
+    check(folder, stored, shapes | theirs)
+    if own.exists():
         check(own, extra, ours)
-    elif official.keys() & stored.keys():
-        shapes |= official
-    check(folder, stored, shapes)
-    thinking = Thinking()
-    if extra or 
+
+    wide = torch.promote_types(dtype, torch.float32)  # they are few; the mixing weight deserves it
+    model.to(wide).lm.to(dtype)
+    model.to_empty(device=device)
+    copy(stored, dict(model.lm.named_parameters()))
+    copy(extra, {name: p for name, p in model.named_parameters() if name in extra})
+    if theirs:
+        weights = {name: torch.empty(shape, dtype=wide) for name, shape in theirs.items()}
+        copy(stored, weights)
+        model.load_state_dict(from_official(weights)[1], strict=False)
+    model.banned = banned.to(device)  # not before: to_empty empties buffers
+    end_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
+    return model, words, Settings(thinking, folder, end_ids, step, trained)
+
+
+def save(folder: str | os.PathLike, model: QuietStar, tokenizer: Tokenizer, *,
+         thinking: Thinking | None, step: int, config: Mapping[str, Any], source: Path | None
+         ) -> None:
+    """Writes a folder that `load_thinker` and transformers read; one we wrote earlier is replaced.
+
+    thinking: how start, end and mixing head were trained, or None for the language model alone.
+    source: the model folder it came from, whose files for transformers go along. At any moment
+    `load_thinker` finds the earlier folder or the new one, whole. Raises OSError, with the earlier
+    one in place, where writing fails, and InputError where the folder is not ours.
+    """
+    folder = Path(folder).resolve()
+    partial, old = Path(f"{folder}.partial"), Path(f"{folder}.old")
+    if newest(folder) == old:  # a kill between the renames below
+        old.rename(folder)
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())
+                            and not (folder / "nanoqstar.json").exists()):
+        raise InputError(f"{folder} exists and was not saved by nanoqstar; choose another folder")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial, model, tokenizer, thinking, source)
+        write_json(partial / "nanoqstar.json", {"step": step, "config": dict(config)})
+        for file in (*partial.iterdir(), partial):
+            sync(file)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        partial.rename(folder)
+        sync(folder.parent)
+    except BaseException as error:
+        if newest(folder) == old:
+            old.rename(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # so it calls a full disk
+            raise OSError(f"{folder} cannot be written: {error}") from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write(folder: Path, model: QuietStar, tokenizer: Tokenizer, thinking: Thinking | None,
+          source: Path | None) -> None:
+    """Config, tokenizer and weights into an empty folder."""
+    lm, end = model.lm, end_of_text_id(tokenizer)
+    kind = "qwen2" if lm.config.attention_bias else "mistral"
+    ids: dict[str, Any] = {"bos_token_id": beginning_ids(tokenizer)[:1],
+                           "eos_token_id": [] if end is None else [end], "pad_token_id": []}
+    for key, default in ids.items():  # null where there is none: absent keys have meanings
+        found = (special_ids(source, key) if source else []) or default
+        ids[key] = found if key == "eos_token_id" and len(found) > 1 else next(iter(found), None)
+    companions = [source / name for name in COMPANIONS if source and (source / name).exists()]
+    for file in companions:
+        shutil.copyfile(file, folder / file.name)
+    generation = folder / "generation_config.json"
+    write_json(generation, (read_json(generation) if generation.exists() else {}) | ids)
+    if not (folder / "tokenizer_config.json").exists():  # or transformers goes by the model's type
+        words = {f"{x}_token": tokenizer.id_to_token(i) for x in ("bos", "eos")
+                 if isinstance(i := ids[f"{x}_token_id"], int)}
+        write_json(folder / "tokenizer_config.json",
+                   {"tokenizer_class": "PreTrainedTokenizerFast", **words})
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    write_json(folder / "config.json", {
+        "architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind,
+        "hidden_act": "silu", "torch_dtype": str(lm.head_weight.dtype).removeprefix("torch."),
+        **asdict(lm.config), **ids})
+
+    own = {n: x for n, x in model.state_dict().items() if thinking and not n.startswith("lm.")}
+    settings = {k: str(v) for k, v in asdict(thinking).items()} if thinking else {}
+    for name, tensors, said in (("model", lm.state_dict(), {}), ("quietstar", own, settings)):
+        file = folder / f"{name}.safetensors"
+        if tensors:  # whose names are free of the prefixes of wrapped blocks
+            save_file({n: x.detach().contiguous() for n, x in tensors.items()}, file,
+                      {"format": "pt", **said})  # transformers insists on the format
+            shutil.copymode(folder / "config.json", file)  # safetensors' own is for its owner alone

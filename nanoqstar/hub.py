@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: its client is called through `fetch`, which fails in one sentence, and soon."""
+"""The Hugging Face Hub: its client is called through `fetch`, which fails soon, in one sentence."""
 
 import functools
 import inspect
@@ -51,7 +51,7 @@ def answers(endpoint: str) -> bool:
 
 
 def fetch(call: Callable, name: str, *args: Any, **options: Any) -> Any:
-    """call(name, ...) of the Hub's client, or what it fetched earlier where the Hub does not answer.
+    """call(name, ...) of the Hub's client; what it fetched earlier where the Hub does not answer.
 
     Raises InputError: no network, no repository `name`, no access to it, no such file in it.
     """
@@ -71,8 +71,9 @@ def explain(name: str, error: BaseException, *args: Any) -> str:
         error = error.__cause__  # why the Hub could not be asked
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status in (401, 403):
-        return (f"the Hub refuses access to {name!r} ({status}): the name is wrong, or it is private "
-                "or gated: accept its terms on its page, then set HF_TOKEN or run `hf auth login`")
+        return (f"the Hub refuses access to {name!r} ({status}): the name is wrong, or it is "
+                "private or gated: accept its terms on its page, then set HF_TOKEN or run "
+                "`hf auth login`")
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return f"the Hub's {name!r} has no {' or '.join(map(str, args)) or 'such file'}"
     if status == 404:

@@ -4,7 +4,8 @@
 that prediction is worth.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from nanoqstar.objective import Objective, States, Valid, language_model_loss, q
 from nanoqstar.qwen2 import KVCache, Qwen2
 from nanoqstar.thoughts import ThoughtLayout
 
+Rollout = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
 
 def uniforms(seed: int, phase: str, step: int, indices: Iterable[int], shape: tuple[int, ...]
              ) -> torch.Tensor:
@@ -30,6 +33,15 @@ def uniforms(seed: int, phase: str, step: int, indices: Iterable[int], shape: tu
     draws = [stream("thoughts", phase, step, int(index), seed).random(shape, dtype=np.float32)
              for index in indices]
     return torch.from_numpy(np.stack(draws))
+
+
+def draw_from(ids: Sequence[int]) -> Rollout:
+    """A rollout for control experiments: thoughts drawn uniformly from these ids."""
+    def rollout(text: torch.Tensor, docs: torch.Tensor, uniforms: torch.Tensor
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn = torch.tensor(ids, device=text.device)[(uniforms * len(ids)).long()]
+        return drawn, torch.full_like(uniforms, -math.log(len(ids)))
+    return rollout
 
 
 class MixingHead(nn.Sequential):

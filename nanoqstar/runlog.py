@@ -123,6 +123,35 @@ class RunLog:
         if self.wandb:
             self.wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=self.offset + step)
 
+    def start_clock(self, step: int) -> None:
+        self.clock = step, time.perf_counter()
+
+    def update(self, phase: str, done: int, last: int, n_tokens: int, work: float,
+               peak: float | None, stats: dict[str, Any]) -> None:
+        """Logs and shows an update's statistics and the speed since the clock was started.
+
+        n_tokens, work: text tokens and useful FLOPs of an update. peak: FLOP/s of the device, or None.
+        """
+        step, start = self.clock
+        seconds = (time.perf_counter() - start) / max(1, done - step)
+        self.start_clock(done)
+        values = {k: float(v) for k, v in stats.items()}
+        values |= {"seconds": seconds, "tokens_per_second": n_tokens / seconds,
+                   "tflops": work / seconds / 1e12}
+        if peak:
+            values["mfu"] = work / seconds / peak
+        self.write(phase, done, **values)
+        shown = ("nll_base", "nll_talk", "policy", "reward", "gain", "positive", "mix", "entropy",
+                 "distinct")
+        parts = [f"{phase} {done:5d}/{last}",
+                 *(f"{k.removeprefix('nll_')} {values[k]:.3f}" for k in shown if k in values),
+                 f"gnorm {values['grad_norm']:.2f}", f"lr {values['learning_rate']:.1e}",
+                 f"{seconds * 1e3:.0f} ms", f"{n_tokens / seconds:.0f} tok/s",
+                 f"{values['tflops']:.3g} TFLOP/s"]
+        parts += [f"MFU {values['mfu']:.0%}"] if peak else []
+        parts += [f"skipped {values['skipped']:.0f}"] if values["skipped"] else []
+        self.say("  ".join(parts), unless_recent=phase == "pretrain")
+
     def say(self, line: str, unless_recent: bool = False) -> None:
         """unless_recent: only where nothing has been said for some seconds."""
         now = time.perf_counter()

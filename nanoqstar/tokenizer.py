@@ -1,4 +1,4 @@
-"""Tokenizers: loading, what they put before a text, the ids that end it, and those no text holds."""
+"""Tokenizers: loading, what they put before a text, the ids that end it, those no text holds."""
 
 import os
 from pathlib import Path
@@ -16,13 +16,13 @@ OFFICIAL_DELIMITERS = ("<|startthought|>", "<|endthought|>")  # entries of the o
 
 
 def load_tokenizer(path_or_id: str | os.PathLike) -> Tokenizer:
-    """The tokenizer.json of a folder or of the Hub's `owner/name`; InputError where there is none."""
+    """The tokenizer.json of a folder or of the Hub's `owner/name`; InputError: there is none."""
     file = Path(path_or_id, "tokenizer.json")
     if not os.path.isdir(path_or_id):
         file = Path(fetch(hf_hub_download, hub_id(path_or_id), file.name))
     elif not file.exists():
-        raise InputError(f"{path_or_id} has no tokenizer.json: name a folder or Hub id that has the "
-                         "right one with --tokenizer")
+        raise InputError(f"{path_or_id} has no tokenizer.json: name a folder or Hub id that has it "
+                         "with --tokenizer")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions
@@ -40,7 +40,8 @@ def encode(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
         raise InputError(f"{name}: the tokenizer cannot encode {text!r} ({error}): use what it "
                          "knows") from None
     if not ids:
-        raise InputError(f"{name}: {text!r} has no tokens under this tokenizer; choose another text")
+        raise InputError(f"{name}: {text!r} has no tokens under this tokenizer; choose another "
+                         "text")
     return ids
 
 
@@ -63,8 +64,8 @@ def unknown_ids(tokenizer: Tokenizer, vocab_size: int) -> torch.Tensor:
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     largest = max(vocabulary.values(), default=-1)
     if largest >= vocab_size:
-        raise InputError(f"the tokenizer has id {largest}, the model {vocab_size} rows: they do not "
-                         "belong together")
+        raise InputError(f"the tokenizer has id {largest}, the model {vocab_size} rows: they do "
+                         "not belong together")
     unknown = torch.ones(vocab_size, dtype=torch.bool)
     unknown[[i for token, i in vocabulary.items() if token not in OFFICIAL_DELIMITERS]] = False
     return unknown

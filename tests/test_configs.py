@@ -1,65 +1,46 @@
-"""The command line: one grammar derived from the fields, and one sentence for whatever is wrong."""
+"""The settings: what is refused, and in which words; the presets."""
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-import configs
-from configs import PRESETS, ConfigError, SampleConfig, TrainConfig, load_config, parse_options
-
-ROOT = Path(__file__).parents[1]
-
-
-def train(*args):
-    return subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def test_both_spellings_and_bare_booleans():
-    values = parse_options(TrainConfig, ["--n_ahead", "8", "--learning_rate=1e-5", "--wandb", "--compile", "false",
-                                         "--model_path", "none", "--max_steps", "100_000"])
-    assert values == {"n_ahead": 8, "learning_rate": 1e-5, "wandb": True, "compile": False, "model_path": None,
-                      "max_steps": 100000}
-    assert parse_options(TrainConfig, ["--wandb", "--seed", "3"]) == {"wandb": True, "seed": 3}
-    assert parse_options(TrainConfig, ["--start_init_text", "\\n"]) == {"start_init_text": "\n"}
-    assert parse_options(TrainConfig, ["--thoughts_from", "é(\\n"]) == {"thoughts_from": "é(\n"}
-
-
-@pytest.mark.parametrize("args, sentence", [
-    (["--n_ahed", "8"], "unknown option --n_ahed; did you mean --n_ahead?"),
-    (["--learning_rate", "fast"], "--learning_rate: expected float, got 'fast'"),
-    (["--n_ahead", "7.5"], "--n_ahead: expected int, got '7.5'"),
-    (["--wandb=maybe"], "--wandb: expected bool, got 'maybe'"),
-    (["--seed"], "--seed: a value is missing"),
-    (["seed", "3"], "unexpected argument 'seed'"),
-])
-def test_refused_options(args, sentence):
-    with pytest.raises(ConfigError, match="^" + sentence.replace("?", r"\?")):
-        parse_options(TrainConfig, args)
+from configs import (
+    PRESETS,
+    PrepareConfig,
+    SampleConfig,
+    TrainConfig,
+    list_presets,
+    load_config,
+)
+from nanoqstar import InputError
 
 
 @pytest.mark.parametrize("changes, sentence", [
     ({"n_ahead": 1}, "n_ahead=1 leaves no sampled token"), ({"n_ahead": 2}, "n_ahead=2 leaves no sampled token"),
-    ({"n_ahead": -3}, "n_ahead=-3 leaves"), ({"n_ahead_talk": 0}, "n_ahead_talk=0"), ({"n_passes": 0}, "n_passes=0"),
-    ({"max_length": 0}, "max_length=0"), ({"learning_rate": float("nan")}, "learning_rate"),
-    ({"learning_rate": -1.0}, "learning_rate=-1.0"), ({"device": "tpu"}, "'tpu' is not one of auto, cuda, mps, cpu"),
-    ({"hidden_size": 97}, "heads must divide"), ({"beta2": 1.0}, "beta2"), ({"threads": 0}, "threads=0"),
+    ({"n_ahead": -3}, "--n_ahead: must be at least 0"), ({"n_ahead_talk": 0}, "--n_ahead_talk: must be at least 1, got 0"), ({"n_passes": 0}, "--n_passes: must be at least 1"),
+    ({"max_length": 0}, "--max_length: must be at least 1"), ({"learning_rate": float("nan")}, "--learning_rate: expected float, got nan"),
+    ({"learning_rate": -1.0}, "--learning_rate: must be greater than 0, got -1.0"), ({"device": "tpu"}, "'tpu' is not one of auto, cuda, mps, cpu"),
+    ({"hidden_size": 97}, "heads must divide"), ({"beta2": 1.0}, "--beta2: must be less than 1, got 1.0"), ({"threads": 0}, "--threads: must be at least 1"),
+    ({"threads": 1_000_000}, "--threads: must be at most 1,024"),
     ({"fold_worked_frac": 0.8}, "more than 1"), ({"seed": True}, "expected int"),
-    ({"policy_weight": -1.0}, "policy_weight"), ({"fold_operands": 1}, "fold_operands=1"),
+    ({"policy_weight": -1.0}, "--policy_weight: must be at least 0"), ({"fold_operands": 1}, "--fold_operands: must be at least 2"),
     ({"max_steps": float("inf")}, "expected int"),
+    ({"thought_temperature": 1e-300}, "--thought_temperature: must be at least 0.001"),
+    ({"init_std": 1e30}, "--init_std: must be at most 100"),
+    ({"fold_tokens": 10**12}, "--fold_tokens: must be at most 1,000,000,000"),
+    ({"normalize_advantage": True, "grad_accum": 2}, "set grad_accum 1"),
+    ({"n_ahead": 0, "trainable": "thoughts"}, "only the whole model can learn"),
 ])
 def test_values_out_of_range(changes, sentence):
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(InputError, match=sentence):
         TrainConfig(**changes)
 
 
 @pytest.mark.parametrize("changes", [{"max_new_tokens": 0}, {"temperature": -0.1}, {"top_k": 0}, {"top_p": 0.0},
                                      {"top_p": 1.5}, {"n_ahead": 2}, {"seed": -1}])
 def test_sampling_values_out_of_range(changes):
-    with pytest.raises(ConfigError, match=next(iter(changes))):
+    with pytest.raises(InputError, match=next(iter(changes))):
         SampleConfig(**changes)
 
 
@@ -88,30 +69,35 @@ def test_saved_config_round_trips(tmp_path):
     assert load_config(str(tmp_path / "config.json")) == (tmp_path.name, config)
 
 
-@pytest.mark.parametrize("text, sentence", [("{", "not readable as JSON"), ("[1]", "holds no settings"),
+@pytest.mark.parametrize("text, sentence", [("{", "cannot be read as JSON"), ("[1]", "holds no JSON object"),
                                             ('{"n_ahed": 8}', "unknown key 'n_ahed'; did you mean n_ahead"),
                                             ('{"n_ahead": "8"}', "--n_ahead: expected int"),
                                             ('{"n_ahead": 2}', "n_ahead=2")])
 def test_broken_saved_configs(tmp_path, text, sentence):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(InputError, match=sentence):
         load_config(str(tmp_path / "config.json"))
 
 
 def test_unknown_preset_names_the_nearest_and_all():
-    with pytest.raises(ConfigError, match="did you mean qwen2_5_3b.*tiny, small, text, qwen2_5_0_5b"):
+    with pytest.raises(InputError, match="did you mean qwen2_5_3b.*tiny, small, text, qwen2_5_0_5b"):
         load_config("qwen2_5_3B")
 
 
-def test_help_explains_every_field():
-    text = configs.help_text(TrainConfig, "usage")
-    for f in dataclasses.fields(TrainConfig):
-        assert f"--{f.name} (" in text and f.metadata["help"] in text
+def test_saved_configs_of_every_preset_can_be_written_and_read(tmp_path):
+    for name, preset in PRESETS.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(dataclasses.asdict(preset.config)))
+        assert load_config(str(path))[1] == preset.config
 
 
-def test_the_script_prints_one_line_and_exits_2():
-    done = train("tiny", "--n_ahead", "2")
-    assert done.returncode == 2 and done.stderr.startswith("error: n_ahead=2") and done.stderr.count("\n") == 1
-    listed = train("configs")
-    assert listed.returncode == 0 and all(name in listed.stdout for name in PRESETS) and "GB" in listed.stdout
-    assert "--n_ahead_talk" in train("--help").stdout
+def test_the_list_of_presets():
+    text = list_presets()
+    assert all(name in text and p.purpose in text for name, p in PRESETS.items()) and "GB" in text
+
+
+@pytest.mark.parametrize("tokenizer", ["train:256", "train:99999999999", "train:", "train:4e3"])
+def test_new_tokenizers_have_a_size(tokenizer):
+    with pytest.raises(InputError, match="from 257"):
+        PrepareConfig(tokenizer=tokenizer)
+    assert PrepareConfig(tokenizer="train:257").tokenizer == "train:257"
