@@ -29,9 +29,8 @@ class TrainConfig:
         None, "where the run is kept; none: out/PRESET, or out/PRESET-2 .. if that is taken")
     seed: int = setting(0, "of data order, thoughts and new weights", at_least=0, below=2**63)
     device: Device = setting("auto", AUTO)
-    threads: int | None = setting(
-        None, "CPU threads; none: the idle cores, one for a model too small to share",
-        at_least=1, at_most=1024)
+    threads: int | None = setting(None, "CPU threads; none: a core each, two at most for a small "
+                                  "model", at_least=1, at_most=1024)
     compile: bool | None = setting(
         None, "torch.compile the model's blocks; none: on CUDA only (eager wins on a CPU)")
     checkpointing: float = setting(
@@ -40,8 +39,8 @@ class TrainConfig:
 
     # ---- Quiet-STaR: what is computed (paper section 4; 'official' is the authors' script)
     n_ahead: int = setting(
-        8, "K, tokens of a thought, start and end included, so K-2 are sampled; 0: no thoughts, plain "
-        "continued pre-training (the official n_ahead is ours + 1)", at_least=0)
+        8, "K, tokens of a thought, start and end included, so K-2 are sampled; 0: no thoughts, "
+        "plain continued pre-training (the official n_ahead is ours + 1)", at_least=0)
     n_ahead_talk: int = setting(4, "A, true tokens predicted after each thought, A-1 of them "
                                 "teacher-forced (official: 4)", at_least=1)
     n_passes: int = setting(2, "P, thoughts per position; their mean reward is the baseline "
@@ -56,24 +55,25 @@ class TrainConfig:
         when=THOUGHTS)
     base_weight: float = setting(0.5, "weight of the NLL without thoughts (official: 0.5)",
                                  at_least=0, when=THOUGHTS)
-    mixed_weight: float = setting(0.5, "weight of the NLL with thoughts (official: 0.5)", at_least=0,
-                                  when=THOUGHTS)
+    mixed_weight: float = setting(0.5, "weight of the NLL with thoughts (official: 0.5)",
+                                  at_least=0, when=THOUGHTS)
     policy_weight: float = setting(1e6, "weight of the REINFORCE term (official: 1e6)", at_least=0,
                                    when=THOUGHTS)
-    clamp_advantage: bool = setting(True, "drop negative advantages (official: true)", when=THOUGHTS)
+    clamp_advantage: bool = setting(True, "drop negative advantages (official: true)",
+                                    when=THOUGHTS)
     normalize_advantage: bool = setting(
-        False, "divide advantages by their root mean square, of each forward's own: needs grad_accum 1 "
-        "(official: false)", when=THOUGHTS)
-    start_init_text: str = setting("---", "the start embedding begins as the mean embedding of this "
-                                   "text (official: ---)", escapes=True, when=THOUGHTS)
+        False, "divide advantages by their root mean square, of each forward's own: needs "
+        "grad_accum 1 (official: false)", when=THOUGHTS)
+    start_init_text: str = setting("---", "the start embedding begins as the mean embedding of "
+                                   "this text (official: ---)", escapes=True, when=THOUGHTS)
     end_init_text: str = setting("---", "the same for the end embedding (official: ---)",
                                  escapes=True, when=THOUGHTS)
     embedding_lr_factor: float = setting(
-        100.0, "learning rate of start and end embedding, times this; weight decay over it (official: "
-        "100, by storing them / 100)", above=0, when=THOUGHTS)
+        100.0, "learning rate of start and end embedding, times this; weight decay over it "
+        "(official: 100, by storing them / 100)", above=0, when=THOUGHTS)
     thoughts_from: str | None = setting(
-        None, "control experiment: thoughts drawn uniformly from the tokens of this text instead of "
-        "from the model (one token: fixed thoughts)", escapes=True, when=THOUGHTS)
+        None, "control experiment: thoughts drawn uniformly from the tokens of this text instead "
+        "of from the model (one token: fixed thoughts)", escapes=True, when=THOUGHTS)
     trainable: Literal["all", "thoughts", "mixing_head"] = setting(
         "all", "control experiment: what learns; thoughts: start, end and mixing head")
 
@@ -87,10 +87,10 @@ class TrainConfig:
     schedule: Literal["constant", "cosine"] = setting(
         "constant", "after warmup; cosine: down to a tenth (official: constant)")
     beta2: float = setting(0.999, "of AdamW; beta1 is 0.9", above=0, below=1)
-    weight_decay: float = setting(0.001, "of matrices; norms and biases have none (official: 0.001)",
-                                  at_least=0)
-    grad_clip: float = setting(1.0, "largest gradient norm; unlike the official code's, it counts start "
-                               "and end embedding at their own scale (official: 1)", above=0)
+    weight_decay: float = setting(
+        0.001, "of matrices; norms and biases have none (official: 0.001)", at_least=0)
+    grad_clip: float = setting(1.0, "largest gradient norm; unlike the official code's, it counts "
+                               "start and end embedding at their own scale (official: 1)", above=0)
 
     # ---- pre-training of a new model
     hidden_size: int = setting(96, "width of a new model", at_least=2, when=NEW_MODEL)
@@ -100,10 +100,10 @@ class TrainConfig:
     n_kv_heads: int = setting(4, "its key and value heads", at_least=1, when=NEW_MODEL)
     init_std: float = setting(0.06, "standard deviation of its matrices at the start", at_least=0,
                               at_most=100, when=NEW_MODEL)
-    embedding_std: float = setting(0.1, "standard deviation of its embedding at the start", at_least=0,
-                                   at_most=100, when=NEW_MODEL)
-    pretrain_steps: int = setting(600, "updates of pre-training, cosine down to a tenth", at_least=0,
-                                  when=NEW_MODEL)
+    embedding_std: float = setting(0.1, "standard deviation of its embedding at the start",
+                                   at_least=0, at_most=100, when=NEW_MODEL)
+    pretrain_steps: int = setting(600, "updates of pre-training, cosine down to a tenth",
+                                  at_least=0, when=NEW_MODEL)
     pretrain_batch_size: int = setting(32, "windows per pre-training update", at_least=1,
                                        when=NEW_MODEL)
     pretrain_learning_rate: float = setting(2e-3, "after 30 updates of warmup", above=0,
@@ -111,43 +111,45 @@ class TrainConfig:
 
     # ---- the embedded corpus
     fold_operands: int = setting(4, "letters of a problem", at_least=2, at_most=8, when=FOLD)
-    fold_operations: int = setting(1, "Latin squares; several have signs between the operands, as in "
-                                   "a*b+c", at_least=1, at_most=4, when=FOLD)
-    fold_ordinary_frac: float = setting(0.0, "share of lines that are ordinary text (docstrings of the "
-                                        "standard library)", at_least=0, below=1, when=FOLD)
+    fold_operations: int = setting(1, "Latin squares; several have signs between the operands, as "
+                                   "in a*b+c", at_least=1, at_most=4, when=FOLD)
+    fold_ordinary_frac: float = setting(0.0, "share of lines that are ordinary text (docstrings of "
+                                        "the standard library)", at_least=0, below=1, when=FOLD)
     fold_worked_frac: float = setting(0.1, "share of lines that work the answer out", at_least=0,
                                       at_most=1, when=FOLD)
-    fold_restated_frac: float = setting(0.3, "share of lines that restate the question; the rest answer "
-                                        "directly", at_least=0, at_most=1, when=FOLD)
+    fold_restated_frac: float = setting(0.3, "share of lines that restate the question; the rest "
+                                        "answer directly", at_least=0, at_most=1, when=FOLD)
     fold_tokens: int = setting(1_500_000, "characters of training text", at_least=1, at_most=10**9,
                                when=FOLD)
 
     # ---- logging
-    log_every: int = setting(10, "updates between lines in the log and in metrics.jsonl", at_least=1)
+    log_every: int = setting(
+        10, "updates between lines in the log and in metrics.jsonl", at_least=1)
     eval_every: int = setting(500, "updates between evaluations on val", at_least=1)
     eval_windows: int = setting(16, "val windows of an evaluation", at_least=1, at_most=10**6)
-    save_every: int = setting(1000, "updates between checkpoints; one is kept, and one is always written "
-                              "at the end, or when Ctrl-C or SIGTERM ends the run", at_least=1)
+    save_every: int = setting(1000, "updates between checkpoints; one is kept, and one is always "
+                              "written at the end, or when Ctrl-C or SIGTERM ends the run",
+                              at_least=1)
     wandb: bool = setting(False, "log to Weights & Biases as well (pip install -e '.[wandb]')")
 
     def __post_init__(self) -> None:
         check(self)
         if 0 < self.n_ahead < 3:
-            raise InputError(f"n_ahead={self.n_ahead} leaves no sampled token: start and end need n_ahead "
-                             ">= 3 (or 0 for plain continued pre-training)")
+            raise InputError(f"n_ahead={self.n_ahead} leaves no sampled token: start and end need "
+                             "n_ahead >= 3 (or 0 for plain continued pre-training)")
         if (self.hidden_size % self.n_heads or self.n_heads % self.n_kv_heads
                 or self.hidden_size // self.n_heads % 2):
             raise InputError(f"hidden_size={self.hidden_size}, n_heads={self.n_heads}, n_kv_heads="
-                             f"{self.n_kv_heads}: heads must divide the width into even parts, and kv "
-                             "heads the heads")
+                             f"{self.n_kv_heads}: heads must divide the width into even parts, and "
+                             "kv heads the heads")
         if self.fold_worked_frac + self.fold_restated_frac > 1:
             raise InputError("fold_worked_frac + fold_restated_frac is more than 1")
         if self.n_ahead == 0 and self.trainable != "all":
-            raise InputError(f"trainable={self.trainable}: without thoughts (n_ahead=0) only the whole "
-                             "model can learn")
+            raise InputError(f"trainable={self.trainable}: without thoughts (n_ahead=0) only the "
+                             "whole model can learn")
         if self.normalize_advantage and self.grad_accum > 1:
-            raise InputError("normalize_advantage takes each forward by itself: set grad_accum 1 and a "
-                             "larger batch_size")
+            raise InputError("normalize_advantage takes each forward by itself: set grad_accum 1 "
+                             "and a larger batch_size")
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,9 @@ class Preset:
 
 
 FOLD_RECIPE = TrainConfig(  # what suits a small model that learns fast, on the embedded corpus
-    n_ahead_talk=2, start_init_text="(", end_init_text=")", embedding_lr_factor=10.0, policy_weight=10.0,
-    reinforce_temperature=1.0, clamp_advantage=False, beta2=0.99, eval_windows=192)
+    n_ahead_talk=2, start_init_text="(", end_init_text=")", embedding_lr_factor=10.0,
+    policy_weight=10.0, reinforce_temperature=1.0, clamp_advantage=False, beta2=0.99,
+    eval_windows=192)
 H200 = TrainConfig(data="data/fineweb-edu", n_passes=4, checkpointing=1.0)
 PRESETS = {
     "tiny": Preset(replace(
@@ -168,10 +171,11 @@ PRESETS = {
         warmup_steps=10, eval_every=40, save_every=40),
         "2 CPU cores", "4 MB", "the embedded demo: thoughts become useful in minutes"),
     "small": Preset(replace(
-        FOLD_RECIPE, max_length=126, max_steps=400, batch_size=32, learning_rate=3e-4, eval_every=50,
-        save_every=50, hidden_size=512, intermediate_size=1536, n_layers=8, n_heads=8, init_std=0.03,
-        pretrain_steps=3000, pretrain_batch_size=64, pretrain_learning_rate=1e-3, fold_operands=6,
-        fold_operations=3, fold_ordinary_frac=0.1, fold_worked_frac=0.3, fold_tokens=20_000_000),
+        FOLD_RECIPE, max_length=126, max_steps=400, batch_size=32, learning_rate=3e-4,
+        eval_every=50, save_every=50, hidden_size=512, intermediate_size=1536, n_layers=8,
+        n_heads=8, init_std=0.03, pretrain_steps=3000, pretrain_batch_size=64,
+        pretrain_learning_rate=1e-3, fold_operands=6, fold_operations=3, fold_ordinary_frac=0.1,
+        fold_worked_frac=0.3, fold_tokens=20_000_000),
         "1 GPU (not yet run)", "416 MB + activations",
         "the demo scaled up: three operations, six operands, prose"),
     "text": Preset(TrainConfig(
@@ -208,8 +212,8 @@ def load_config(name: str) -> tuple[str, TrainConfig]:
         return name, PRESETS[name].config
     path = Path(name)
     if not path.is_file():
-        raise InputError(f"no config {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}, "
-                         "and any saved config.json")
+        raise InputError(f"no config {name!r}{nearest(name, PRESETS)}; there are "
+                         f"{', '.join(PRESETS)}, and any saved config.json")
     saved, known = read_json(path), TrainConfig.__dataclass_fields__
     for key in saved:
         if key not in known:
@@ -221,30 +225,32 @@ def list_presets() -> str:
     rows = [("config", "hardware", "resident memory", "purpose"),
             *((name, p.hardware, p.memory, p.purpose) for name, p in PRESETS.items())]
     return "\n".join([*("{:18}{:24}{:24}{}".format(*row) for row in rows), "",
-                      "Resident memory: fp32 master weights, gradients and two Adam moments, 16 bytes a "
-                      "parameter."])
+                      "Resident memory: fp32 master weights, gradients and two Adam moments, "
+                      "16 bytes a parameter."])
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    prompt: str | None = setting(None, "text to continue, taken as it is; none: ask for prompts, one "
-                                 "after the other")
-    model_path: str | None = setting(None, "a run's folder, a checkpoint, a model folder or a Hub id; "
-                                     "none: the newest run in out/")
-    tokenizer: str | None = setting(None, "folder or Hub id of the tokenizer; none: the model's own")
+    prompt: str | None = setting(None, "text to continue, taken as it is; none: ask for prompts, "
+                                 "one after the other")
+    model_path: str | None = setting(None, "a run's folder, a checkpoint, a model folder or a Hub "
+                                     "id; none: the newest run in out/")
+    tokenizer: str | None = setting(
+        None, "folder or Hub id of the tokenizer; none: the model's own")
     max_new_tokens: int = setting(100, "tokens to write", at_least=1)
     temperature: float = setting(1.0, "of the text; 0: always the likeliest token", at_least=0)
     top_k: int | None = setting(None, "draw from the k likeliest tokens only", at_least=1)
     top_p: float | None = setting(None, "draw from the fewest tokens whose probabilities reach p",
                                   above=0, at_most=1)
     seed: int = setting(0, "of thoughts and text", at_least=0, below=2**63)
-    n_ahead: int | None = setting(None, "tokens of a thought, start and end included; none: as trained",
-                                  at_least=3, when=When("thoughts", lambda c: not c.no_thoughts))
+    n_ahead: int | None = setting(
+        None, "tokens of a thought, start and end included; none: as trained", at_least=3,
+        when=When("thoughts", lambda c: not c.no_thoughts))
     no_thoughts: bool = setting(False, "the base model alone")
     show_thoughts: bool = setting(False, "print each token's thought before it",
                                   when=When("thoughts", lambda c: not c.no_thoughts))
-    compile: bool = setting(False, "on a GPU: compile first, for a minute or more the first time, then "
-                            "write faster")
+    compile: bool = setting(False, "on a GPU: compile first, for a minute or more the first time, "
+                            "then write faster")
     device: Device = setting("auto", AUTO)
 
     def __post_init__(self) -> None:
@@ -253,26 +259,27 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    input: str | None = setting(None, "a .txt, .jsonl, .parquet (also .gz) or other text file, or a "
-                                "folder of them; none: a Hugging Face dataset")
+    input: str | None = setting(None, "a .txt, .jsonl, .parquet (also .gz) or other text file, or "
+                                "a folder of them; none: a Hugging Face dataset")
     dataset_name: str = setting("HuggingFaceFW/fineweb-edu", "its id", when=DATASET)
-    dataset_subset: str | None = setting(None, "its config or folder; none: sample-10BT of FineWeb-Edu, "
-                                         "else default", when=DATASET)
+    dataset_subset: str | None = setting(None, "its config or folder; none: sample-10BT of "
+                                         "FineWeb-Edu, else default", when=DATASET)
     text_field: str = setting("text", "column or key of the text")
     min_score: int = setting(3, "least int_score of a document, where the data has one")
-    max_tokens: int | None = setting(200_000_000, "stop after the document that reaches this many; none: "
-                                     "take all", at_least=1)
-    val_fraction: float = setting(0.01, "share of documents held out, chosen by their hash", above=0,
-                                  below=1)
-    strict: bool = setting(False, "refuse a file with bytes that are no UTF-8 or lines that are no JSON, "
-                           "instead of leaving those out")
-    tokenizer: str = setting("Qwen/Qwen2.5-3B", "folder or Hub id with a tokenizer.json, or train:N for "
-                             "a new byte-level BPE of N entries, trained on the text")
-    out: str | None = setting(None, "folder to make; none: named after the input or dataset, in data/")
+    max_tokens: int | None = setting(200_000_000, "stop after the document that reaches this many; "
+                                     "none: take all", at_least=1)
+    val_fraction: float = setting(0.01, "share of documents held out, chosen by their hash",
+                                  above=0, below=1)
+    strict: bool = setting(False, "refuse a file with bytes that are no UTF-8 or lines that are no "
+                           "JSON, instead of leaving those out")
+    tokenizer: str = setting("Qwen/Qwen2.5-3B", "folder or Hub id with a tokenizer.json, or "
+                             "train:N for a new byte-level BPE of N entries, trained on the text")
+    out: str | None = setting(
+        None, "folder to make; none: named after the input or dataset, in data/")
 
     def __post_init__(self) -> None:
         check(self)
         name, _, count = self.tokenizer.partition(":")
         if name == "train" and not (count.isdecimal() and 257 <= int(count[:10]) <= 1_000_000):
-            raise InputError("--tokenizer train:N needs an N from 257 (256 bytes and the end-of-text "
-                             "token) to 1,000,000")
+            raise InputError("--tokenizer train:N needs an N from 257 (256 bytes and the "
+                             "end-of-text token) to 1,000,000")

@@ -1,5 +1,4 @@
 """python sample.py [--prompt TEXT] [--key value ..]: writes on from a prompt, with thoughts."""
-# ruff: noqa: E402
 
 import sys
 
@@ -23,7 +22,7 @@ from tokenizers import Tokenizer
 
 from data import fold
 from nanoqstar import InputError, hf
-from nanoqstar.device import pick_device, speed_up_decoding
+from nanoqstar.device import pick_device, pick_threads, speed_up_decoding
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.sampling import generate
 from nanoqstar.tokenizer import beginning_ids, encode, end_of_text_id
@@ -122,6 +121,7 @@ def run(cfg: SampleConfig) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # weights cost most to read
     model, tokenizer, settings = hf.load_thinker(cfg.model_path or newest_run(), device, dtype,
                                                  tokenizer=cfg.tokenizer)
+    pick_threads(None, model.lm.config.hidden_size)
     n_ahead = thought_length(cfg, settings.thinking.n_ahead)
     if cfg.compile:
         speed_up_decoding(model, device)

@@ -1,7 +1,7 @@
 """python train.py [CONFIG] [--key value ..]: trains a language model to think before every token.
 
 CONFIG is a preset (`python train.py configs` lists them; default tiny) or the path of a saved
-config.json. Ctrl-C and SIGTERM end a run after the update at hand and save it (exit codes 130, 143).
+config.json. Ctrl-C and SIGTERM end a run after the update at hand and save it (exit 130 and 143).
 """
 
 import sys
@@ -28,7 +28,7 @@ def main(args: list[str]) -> int:
 if __name__ == "__main__":  # --help and typos are answered before torch is imported, for seconds
     sys.exit(main(sys.argv[1:]))
 
-import dataclasses  # noqa: E402
+import dataclasses
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -56,12 +56,11 @@ MAX_SKIPPED = 5  # non-finite steps in a row that stop a run
 
 
 def load_batches(data: TokenDataset, phase: str, step: int, cfg: TrainConfig, pin: bool = False):
-    """An update's micro-batches, each (text, docs[, uniform numbers of the thoughts]), and the valid
-    counts of all.
+    """An update's micro-batches, (text, docs[, uniforms of the thoughts]) each, and its counts.
 
     pin: in page-locked memory, from where a GPU copies while it computes.
     """
-    batches, counts = [], 0
+    batches, counts = [], torch.zeros(cfg.n_ahead_talk + 2, dtype=torch.long)
     for first in range(0, cfg.batch_size * cfg.grad_accum, cfg.batch_size):
         index = range(first, first + cfg.batch_size)
         window = cfg.max_length + cfg.n_ahead_talk
@@ -89,8 +88,8 @@ def train_step(model, optimizer, batches, counts, objective, lr, cfg, rollout=No
     """One optimizer update (the paper's Algorithm 1).
 
     batches, counts: of `load_batches`. rollout: of the thoughts; default the model's own.
-    Returns the update's means (device tensors), the last thoughts, the gradient norm, and whether it
-    was finite: if not, nothing was changed.
+    Returns the update's means (device tensors), the last thoughts, the gradient norm, and whether
+    it was finite: if not, nothing was changed.
     """
     device, totals, thoughts = model.lm.head_weight.device, {}, None
     counts = counts.to(device)
@@ -125,18 +124,19 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
 
 
 def make_optimizer(model: QuietStar, cfg: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW: matrices decay, norms and biases do not, start and end have a rate of their own."""
+    """Fused AdamW: matrices decay, norms and biases do not, start and end have their own rate."""
     def kind(name: str, p: torch.Tensor) -> str:
         if name in ("start_embedding", "end_embedding"):
             return "delimiters"
         return "matrices" if p.dim() > 1 else "vectors"
 
-    frozen = {"all": (), "thoughts": ("lm.",), "mixing_head": ("lm.", "start_", "end_")}[cfg.trainable]
+    frozen = {"all": (), "thoughts": ("lm.",),
+              "mixing_head": ("lm.", "start_", "end_")}[cfg.trainable]
     if cfg.n_ahead == 0:
         frozen = ("start_", "end_", "mixing_head.")
     groups = {"matrices": (1.0, cfg.weight_decay), "vectors": (1.0, 0.0),
               "delimiters": (cfg.embedding_lr_factor, cfg.weight_decay / cfg.embedding_lr_factor)}
-    members = {name: [] for name in groups}
+    members: dict[str, list[torch.Tensor]] = {name: [] for name in groups}
     for name, p in model.named_parameters():
         p.requires_grad_(not name.startswith(frozen) if frozen else True)
         if p.requires_grad:
@@ -172,10 +172,10 @@ class Run:
     @property
     def thinking(self) -> hf.Thinking | None:
         """How the model thinks, if it was ever taught to."""
-        if self.cfg.n_ahead:
-            return hf.Thinking(self.cfg.n_ahead, self.cfg.n_ahead_talk, self.cfg.thought_temperature)
-        taught = self.origin and self.origin.thinking.n_ahead
-        return self.origin.thinking if taught else None
+        cfg, origin = self.cfg, self.origin
+        if cfg.n_ahead:
+            return hf.Thinking(cfg.n_ahead, cfg.n_ahead_talk, cfg.thought_temperature)
+        return origin.thinking if origin and origin.thinking.n_ahead else None
 
     def save(self, phase: str, step: int) -> None:
         """A failure is said, and the run goes on with what was saved before."""
@@ -189,6 +189,13 @@ class Run:
                           source=self.origin.folder if self.origin else None):
             self.saved = folder, step
 
+    @property
+    def kept(self) -> str:
+        """What a run that ends now leaves, in words."""
+        if self.saved is None:
+            return "nothing is saved"
+        return f"update {self.saved[1]} is saved in {self.saved[0]}"
+
 
 def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> None:
     """cfg.max_steps updates with evaluations, logging and checkpoints on the way.
@@ -201,7 +208,8 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> None:
     objective = Objective(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Objective)})
     steps = prefetched(this.splits["train"], phase, range(first, last), cfg,
                        model.lm.head_weight.is_cuda)
-    bar = tqdm(steps, desc=phase, total=cfg.max_steps, unit="step", disable=None, dynamic_ncols=True)
+    bar = tqdm(steps, desc=phase, total=cfg.max_steps, unit="step", disable=None,
+               dynamic_ncols=True)
     done, skipped, in_a_row, peak = first, 0, 0, flops.peak_flops(model.lm.head_weight.device)
     log.start_clock(first)
     try:
@@ -216,9 +224,9 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> None:
             done, in_a_row = step + 1, 0 if finite else in_a_row + 1
             skipped += not finite
             if in_a_row == MAX_SKIPPED:
-                raise InputError(f"the gradient was not finite {MAX_SKIPPED} updates in a row (update "
-                                 f"{done}): lower learning_rate or policy_weight; these updates changed "
-                                 "nothing")
+                raise InputError(
+                    f"the gradient was not finite {MAX_SKIPPED} updates in a row (update {done}): "
+                    "lower learning_rate or policy_weight; these updates changed nothing")
             if done % cfg.log_every == 0 or done == last:
                 if thoughts is not None:
                     different = len(thoughts.flatten(0, 2).unique(dim=0))
@@ -230,13 +238,9 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> None:
                     "grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped})
             if done % cfg.save_every == 0 and done < last:
                 this.save(phase, done)
-    except BaseException as end:
+    except BaseException:
         if done > first:
             this.save(phase, done)
-        if isinstance(end, cli.Interrupted):
-            kept = f"it is saved in {this.saved[0]}" if this.saved else "there was nothing to save"
-            raise cli.Interrupted(end.number, f"ended by {end} after update {done} of {phase}: {kept}"
-                                  ) from None
         raise
     this.save(phase, last)
 
@@ -259,12 +263,14 @@ def evaluate_now(this: Run, step: int, rollout: Rollout, final: bool = False) ->
     with this.signals.at_once():  # nothing changes here
         scores = evaluate.score_text(
             this.model, text, docs, cfg.n_ahead, cfg.n_ahead_talk, seed=cfg.seed,
-            batch_size=cfg.batch_size, sampler=rollout, choices=range(len(fold.LETTERS)) if is_fold else None)
+            batch_size=cfg.batch_size, sampler=rollout,
+            choices=range(len(fold.LETTERS)) if is_fold else None)
         if is_fold and final:
             greedy = fold.greedy_answers(this.model, text, cfg.n_ahead, **corpus)
     summary = evaluate.summarize(scores)
     shown = [(0, i) for i in (cfg.max_length // 4, cfg.max_length // 2, cfg.max_length - 1)]
-    rows, remarks, answers = [], [], {}
+    rows, remarks = [], []
+    answers: dict = {}
     if is_fold:
         answers, shown = fold.measure(scores, **corpus)
         summary |= {"answers": answers, **({"greedy": greedy} if final else {})}
@@ -285,9 +291,9 @@ def evaluate_now(this: Run, step: int, rollout: Rollout, final: bool = False) ->
 def check(cfg: TrainConfig):
     """Refuses what cannot work before anything is made; returns the device, the splits of prepared
     data, and the model to start from, where there is one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("torchrun would start as many whole runs as processes: one GPU only, for now; "
-                         "run python train.py")
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise InputError("torchrun would start as many whole runs as processes: one GPU only, for "
+                         "now; run python train.py")
     device, splits, loaded = pick_device(cfg.device), None, None
     if cfg.data != "fold":
         splits = open_splits(cfg, Path(cfg.data))
@@ -300,8 +306,9 @@ def check(cfg: TrainConfig):
         loaded = hf.load_thinker(cfg.model_path, device, tokenizer=cfg.tokenizer)
         taught = loaded[2].config
         if cfg.data == taught.get("data") == "fold" and cfg.seed != taught.get("seed"):
-            raise InputError(f"{cfg.model_path} learned the table of --seed {taught.get('seed')}: with "
-                             f"--seed {cfg.seed} the same letters would have other answers")
+            raise InputError(
+                f"{cfg.model_path} learned the table of --seed {taught.get('seed')}: with --seed "
+                f"{cfg.seed} the same letters would have other answers")
     pick_threads(cfg.threads, loaded[0].lm.config.hidden_size if loaded else cfg.hidden_size)
     return device, splits, loaded
 
@@ -356,16 +363,17 @@ def prepare(name: str, cfg: TrainConfig, log: RunLog, signals: Signals, device: 
     else:
         model, its_tokenizer, origin = loaded
         if its_tokenizer.to_str() != tokenizer.to_str():
-            raise InputError(f"{data.tokenizer_path} is not the tokenizer of {cfg.model_path}: prepare the "
-                             f"data again with --tokenizer {cfg.tokenizer or cfg.model_path}")
+            raise InputError(
+                f"{data.tokenizer_path} is not the tokenizer of {cfg.model_path}: prepare the data "
+                f"again with --tokenizer {cfg.tokenizer or cfg.model_path}")
     model.thought_temperature = cfg.thought_temperature
     if device.type == "cuda" and model.lm.config.head_dim < 16:
-        raise InputError(f"heads of {model.lm.config.head_dim} numbers: attention on a GPU needs 16 or "
-                         "more; lower n_heads, or raise hidden_size")
+        raise InputError(f"heads of {model.lm.config.head_dim} numbers: attention on a GPU needs "
+                         "16 or more; lower n_heads, or raise hidden_size")
     if (first := beginning_ids(tokenizer)) and "beginning_ids" not in data.meta:
         log.say(f"warning: {cfg.data} was prepared without the beginning-of-text token "
-                f"({tokenizer.decode(first, skip_special_tokens=False)}) that this model knows before "
-                "every document: prepare it again")
+                f"({tokenizer.decode(first, skip_special_tokens=False)}) that this model knows "
+                "before every document: prepare it again")
     this = Run(name, cfg, log, signals, splits, model, tokenizer, origin)
     init_thoughts(this)
     speed_up(model, device, cfg.checkpointing, cfg.compile)
@@ -377,9 +385,9 @@ def prepare(name: str, cfg: TrainConfig, log: RunLog, signals: Signals, device: 
 def init_thoughts(this: Run) -> None:
     """Fresh start, end and mixing head; those of an earlier run are never initialised again."""
     if this.origin is None or not this.origin.thinking.n_ahead:
-        cfg = this.cfg
-        this.model.init_thoughts(encode(this.tokenizer, cfg.start_init_text, "start_init_text"),
-                                 encode(this.tokenizer, cfg.end_init_text, "end_init_text"), cfg.seed)
+        start, end = (encode(this.tokenizer, getattr(this.cfg, name), name)
+                      for name in ("start_init_text", "end_init_text"))
+        this.model.init_thoughts(start, end, this.cfg.seed)
 
 
 def pretrain(this: Run) -> None:
@@ -390,7 +398,8 @@ def pretrain(this: Run) -> None:
     train(this, dataclasses.replace(
         cfg, n_ahead=0, trainable="all", max_steps=cfg.pretrain_steps,
         batch_size=cfg.pretrain_batch_size, grad_accum=1, learning_rate=cfg.pretrain_learning_rate,
-        warmup_steps=30, schedule="cosine", beta2=0.99, weight_decay=0.01, save_every=1000), "pretrain")
+        warmup_steps=30, schedule="cosine", beta2=0.99, weight_decay=0.01, save_every=1000),
+        "pretrain")
     init_thoughts(this)  # from the embeddings as they are now
     this.log.offset = cfg.pretrain_steps
 
@@ -402,22 +411,31 @@ def finish(this: Run) -> None:
     log.write("end", last, seconds=log.seconds)
     prompt = ""
     if cfg.data == "fold":
-        prompt = f" --prompt '{fold.example_prompt(cfg.fold_operands, cfg.fold_operations, cfg.seed)}'"
+        problem = fold.example_prompt(cfg.fold_operands, cfg.fold_operations, cfg.seed)
+        prompt = f" --prompt '{problem}'"
     thoughts = " --show_thoughts" if cfg.n_ahead else ""
-    log.say(f"{log.seconds:.0f} s in all. Try it: python sample.py --model_path {log.folder}{prompt}"
-            f"{thoughts}")
-    if this.saved is None or this.saved[1] != last:
-        raise InputError(f"update {last} is not saved, for want of room or of rights in {log.folder}"
-                         + (f"; update {this.saved[1]} is, in {this.saved[0]}" if this.saved else ""))
+    log.say(f"{log.seconds:.0f} s in all. Try it: python sample.py --model_path {log.folder}"
+            f"{prompt}{thoughts}")
+    if this.saved != (log.folder / "checkpoint", last):
+        raise InputError(f"update {last} could not be saved, for want of room or of rights in "
+                         f"{log.folder}; {this.kept}")
 
 
 def run(name: str, cfg: TrainConfig) -> None:
     """Everything a configuration asks for."""
     device, splits, loaded = check(cfg)
     config = dataclasses.asdict(cfg)
-    wandb = start_wandb(name, config) if cfg.wandb else None
     with Signals().caught() as signals, run_folder(cfg.out_dir, name) as folder:
-        this = prepare(name, cfg, RunLog(folder, config, wandb), signals, device, splits, loaded)
-        pretrain(this)
-        train(this, cfg, "think" if cfg.n_ahead else "text", this.first)
-        finish(this)
+        with signals.at_once():
+            log = RunLog(folder, config, start_wandb(name, config) if cfg.wandb else None)
+            this = prepare(name, cfg, log, signals, device, splits, loaded)
+        try:
+            pretrain(this)
+            train(this, cfg, "think" if cfg.n_ahead else "text", this.first)
+            finish(this)
+        except cli.Interrupted as end:
+            raise cli.Interrupted(end.number, f"{end}; {this.kept}") from None
+        except (MemoryError, RuntimeError) as error:
+            if not cli.is_out_of_memory(error):
+                raise
+            raise InputError(f"{cli.OUT_OF_MEMORY}; {this.kept}") from None

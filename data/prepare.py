@@ -1,13 +1,12 @@
 """Text to tokens: a Hugging Face dataset (FineWeb-Edu) or local files become a folder of memmaps.
 
-    python data/prepare.py                                         # 200 million tokens of FineWeb-Edu
-    python data/prepare.py --input FOLDER --tokenizer train:4096   # your own text, no network
+    python data/prepare.py                                        # 200M tokens of FineWeb-Edu
+    python data/prepare.py --input FOLDER --tokenizer train:4096  # your own text, no network
 
-Documents flow file by file: read, filtered, split by the hash of their text, tokenized in batches on all
-cores.  Interrupted, the same command continues after the last batch.  Downloads stay in the Hugging Face
-cache.
+Documents flow file by file: read, filtered, split by the hash of their text, tokenized in batches
+on all cores.  Interrupted, the same command continues after the last batch.  Downloads stay in the
+Hugging Face cache.
 """
-# ruff: noqa: E402  (what takes long to import waits for the command line to be right)
 
 import sys
 from pathlib import Path
@@ -44,7 +43,7 @@ from nanoqstar.dataset import SPLITS, TokenDataset, partial_folder
 from nanoqstar.files import LOCK, lock, read_json
 from nanoqstar.tokenizer import END_OF_TEXT, beginning_ids, end_of_text_id, load_tokenizer
 
-BATCH_CHARS = 2**22  # tokenized at once: enough for all cores, about a second's work for two of them
+BATCH_CHARS = 2**22  # tokenized at once: enough for all cores, about a second's work for two
 TRAIN_CHARS = 100 * 10**6  # what a new tokenizer is trained on at most
 
 
@@ -109,31 +108,38 @@ def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
         if n_chars >= BATCH_CHARS:
             yield batch
             batch, n_chars = [], 0
-    yield batch
-    yield []  # so that `encoded` hands out the one before
+    if batch:
+        yield batch
 
 
-def encoded(tokenizer: Tokenizer, items: Iterable[Item]) -> Iterator[Iterable[tuple[Item, Encoding]]]:
+Encoded = Iterable[tuple[Item, Encoding]]
+
+
+def encoded(tokenizer: Tokenizer, items: Iterable[Item]) -> Iterator[Encoded]:
     """Yields batches: each is tokenized while the last is written and the next is read."""
+    def encode(batch: list[Item]) -> Encoded:
+        texts = [item.text for item in batch]
+        try:
+            return zip(batch, tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        except Exception as error:  # the library raises bare Exceptions
+            raise InputError(f"the tokenizer cannot encode this text: {error}") from None
+
     with ThreadPoolExecutor(1) as worker:
-        last, job = [], None
+        job = None
         for batch in batches(items):
-            previous, job = job, worker.submit(tokenizer.encode_batch_fast,
-                                               [item.text for item in batch], add_special_tokens=False)
+            last, job = job, worker.submit(encode, batch)
             if last:
-                try:
-                    encodings = previous.result()
-                except Exception as error:  # the library raises bare Exceptions
-                    raise InputError(f"the tokenizer cannot encode this text: {error}") from None
-                yield zip(last, encodings)
-            last = batch
+                yield last.result()
+        if job:
+            yield job.result()
 
 
 def tokenize(cfg: PrepareConfig, source: Source, tokenizer: Tokenizer, writer: DatasetWriter,
              state: dict[str, Any]) -> float:
-    """Reads, tokenizes and writes from the journal's `state` on; tokens per second without the Hub's."""
+    """Reads, tokenizes and writes from `state` (the journal's) on; tokens/s, downloads aside."""
     limit, left_out = cfg.max_tokens or float("inf"), state["left_out"]
     before, after = writer.meta["beginning_ids"], [writer.meta["end_of_text_id"]]
+    tokenizer.encode_special_tokens = True  # those that the text itself spells stay text
     items = source.items(**state["place"]) if writer.n_tokens < limit else ()
     first, start = writer.n_tokens, time.perf_counter() - source.waited
     with tqdm(initial=first, unit="tok", unit_scale=True, desc=writer.folder.name) as bar:
@@ -158,14 +164,14 @@ def tokenize(cfg: PrepareConfig, source: Source, tokenizer: Tokenizer, writer: D
 # ---- the folder
 
 
-def require_same(before: Any, now: dict[str, Any], folder: Path) -> None:
+def require_same(before: dict[str, Any] | None, now: dict[str, Any], folder: Path) -> None:
     for key, value in now.items():
-        if not isinstance(before, dict) or key not in before:
-            raise InputError(f"{folder} was begun by an earlier version: delete that folder, or choose "
-                             "another --out")
-        if before[key] != value:
-            raise InputError(f"{folder} was begun with {key} {before[key]}, now it is {value}: delete "
-                             "that folder, or choose another --out")
+        if not before or before.get(key, ...) != value:
+            how = "by an earlier version"
+            if before and key in before:
+                how = f"with {key} {before[key]}, now it is {value}"
+            raise InputError(f"{folder} was begun {how}: delete that folder, or choose another "
+                             "--out")
 
 
 def is_prepared(out: Path, arguments: dict[str, Any]) -> bool:
@@ -194,10 +200,10 @@ def claimed(partial: Path) -> Iterator[None]:
                         if path.name != LOCK:
                             path.unlink()
                 elif isinstance(error, KeyboardInterrupt):
-                    print("\nwhat is saved stays: the same command goes on from there", file=sys.stderr)
+                    print("\nwhat is saved stays: the same command goes on there", file=sys.stderr)
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise InputError(f"the disk of {partial} is full: make room, then the same command "
-                                     "goes on from what is saved") from None
+                    raise InputError(f"the disk of {partial} is full: make room, then the same "
+                                     "command goes on from what is saved") from None
                 raise
     finally:
         with suppress(OSError):  # not empty, or by its final name
@@ -229,19 +235,18 @@ def make(cfg: PrepareConfig, out: Path, arguments: dict[str, Any], files: list[s
                          f"({', '.join(END_OF_TEXT)})")
     with DatasetWriter(out, tokenizer.to_str(pretty=True), max(tokenizer.get_vocab().values()) + 1,
                        end_of_text, beginning_ids(tokenizer), counts) as writer:
-        tokenizer.encode_special_tokens = True  # those that the text itself spells stay text
         speed = tokenize(cfg, source, tokenizer, writer, state)
         writer.fill_short_split()
         train, val = (writer.counts[split] for split in SPLITS)
         n_documents = train["documents"] + val["documents"]
         if n_documents < 2:
             journal.unlink()  # not to be continued
-            raise InputError(f"a split is empty, of {n_documents} documents in all: give more text, or "
-                             "take more of it (--max_tokens, --min_score)")
+            raise InputError(f"a split is empty, of {n_documents} documents in all: give more "
+                             "text, or take more of it (--max_tokens, --min_score)")
         writer.finish(arguments | {"revision": source.revision, "left_out": state["left_out"]},
                       cfg.val_fraction)
-    print(f"{out}: {train['tokens']:,} tokens to train on, {val['tokens']:,} held out, {n_documents:,} "
-          f"documents, {speed:,.0f} tokens/s")
+    print(f"{out}: {train['tokens']:,} tokens to train on, {val['tokens']:,} held out, "
+          f"{n_documents:,} documents, {speed:,.0f} tokens/s")
     if state["left_out"]:
         print("left out, or bytes replaced: " + "; ".join(
             f"{n:,} times {kind} (first: {sentence})" for kind, (n, sentence)
@@ -255,14 +260,16 @@ def run(cfg: PrepareConfig) -> None:
                / (root or Path(cfg.dataset_name)).name.split(".")[0])
     # what decides the result: a run may only continue, or stand for, another with the same
     keys = ("text_field", "min_score", "max_tokens", "val_fraction", "strict", "tokenizer")
-    arguments, files = {key: getattr(cfg, key) for key in keys}, []
+    arguments: dict[str, Any] = {key: getattr(cfg, key) for key in keys}
+    files: list[str] = []
     if (file := Path(cfg.tokenizer, "tokenizer.json")).is_file():
         arguments["tokenizer_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     if root:
         files = local_files(root, out.resolve())
         stats = [Path(file).stat() for file in files]
         states = repr([(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)])
-        arguments |= {"input": str(root), "files": len(files), "bytes": sum(s.st_size for s in stats),
+        arguments |= {"input": str(root), "files": len(files),
+                      "bytes": sum(s.st_size for s in stats),
                       "names_sizes_times": hashlib.sha256(states.encode()).hexdigest()}
     else:
         default = "sample-10BT" if cfg.dataset_name == PrepareConfig.dataset_name else "default"

@@ -237,6 +237,6 @@ class Source:
                 break
         if faults:
             raise InputError(faults[0].sentence)
-        raise InputError(f"{', '.join(self.files[:3])}: two documents are needed, to train on and to "
-                         f"hold out, and there are {n_texts}: give more than {self.n_chars:,} "
+        raise InputError(f"{', '.join(self.files[:3])}: two documents are needed, to train on and "
+                         f"to hold out, and there are {n_texts}: give more than {self.n_chars:,} "
                          "characters of plain text, or .jsonl with a document a line")

@@ -44,9 +44,10 @@ class DatasetWriter:
                  journal: Mapping[str, Any] | None = None) -> None:
         self.folder, self.partial = Path(folder), partial_folder(folder)
         self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-        self.meta = {"format": FORMAT, "dtype": self.dtype.name, "vocab_size": vocab_size,
-                     "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
-                     "end_of_text_id": end_of_text_id, "beginning_ids": list(beginning_ids)}
+        self.meta: dict[str, Any] = {
+            "format": FORMAT, "dtype": self.dtype.name, "vocab_size": vocab_size,
+            "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
+            "end_of_text_id": end_of_text_id, "beginning_ids": list(beginning_ids)}
         none = {"tokens": 0, "documents": 0}
         self.counts = {split: dict(journal[split] if journal else none) for split in SPLITS}
         self.state = dict(journal or {})

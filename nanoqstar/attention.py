@@ -28,7 +28,8 @@ def dense(mask: torch.Tensor | None) -> Attend:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if q.is_cuda:  # where no fast kernel takes both a mask and grouped keys
             k, v = repeat_heads(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, enable_gqa=True)
     return attend
 
 
@@ -38,8 +39,7 @@ def repeat_heads(q: torch.Tensor, *grouped: torch.Tensor) -> list[torch.Tensor]:
 
 
 def few_queries(mask: torch.Tensor) -> Attend:
-    """`dense` for a step of decoding, whose time is that of launching kernels: three of them, and no
-    key repeated."""
+    """`dense` for a step of decoding, which is launching kernels: three, and no key repeated."""
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         grouped = q.unflatten(1, (k.shape[1], -1))  # (B, G, R, N, d)
         scores = (grouped.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, grouped.shape[2:4])
@@ -80,7 +80,8 @@ class TwoPart:
         """(n, m): the group's tokens that are queries, the group's keys."""
         packing = self.packing
         _, pass_, places = (x[packing.n_text:][:packing.n_group] for x in packing.describe(device))
-        rows, same = query_rows(places, place), torch.zeros_like(places)  # one position, one document
+        # one position, one document
+        rows, same = query_rows(places, place), torch.zeros_like(places)
         queries = tuple(x[rows, None] for x in (same, pass_, places, same))
         return minus_infinity_where(~visible(queries, (same, pass_, places, same)))
 
@@ -124,12 +125,11 @@ class TwoPart:
 
 
 class Flex:
-    """flex_attention over tiles: the text up to a tile's last position, and the tiles its groups lie
-    in (CUDA).
+    """flex_attention (CUDA) over tiles: text up to a tile's last position, and its groups' tiles.
 
     The tiles depend on the packing alone (`FlexTiles`) and documents are a tensor that the mask
-    reads, so one compiled kernel serves every batch of a shape. Each instance holds the documents of
-    its own batch: a forward that is recomputed in a backward pass sees what it saw.
+    reads, so one compiled kernel serves every batch of a shape. Each instance holds the documents
+    of its own batch: a forward that is recomputed in a backward pass sees what it saw.
     """
 
     def __init__(self, packing: Packing, docs: torch.Tensor, place: int | None = None,
@@ -156,7 +156,7 @@ class Flex:
 
 
 def document_starts(docs: torch.Tensor) -> torch.Tensor:
-    """Where the document of every position begins, (B, N) int32; a document is one run of positions."""
+    """Where each position's document begins, (B, N) int32; a document is one run of positions."""
     index = torch.arange(docs.shape[1], device=docs.device)
     first = F.pad(torch.where(docs[:, 1:] != docs[:, :-1], index[1:], 0), (1, 0))
     return first.cummax(1).values.int()
@@ -165,9 +165,9 @@ def document_starts(docs: torch.Tensor) -> torch.Tensor:
 class FlexTiles:
     """What `Flex` needs of a packing's shape: the tile table, and each query's visible ranges.
 
-    A query's visible keys are two ranges and its root, so the mask inside a tile looks nothing up by
-    key. Lengths are padded to whole tiles: a padded query sees the first text token, a padded key is
-    seen by none.
+    A query's visible keys are two ranges and its root, so the mask inside a tile looks nothing up
+    by key. Lengths are padded to whole tiles: a padded query sees the first text token, a padded
+    key is seen by none.
     """
 
     TILE = 128
@@ -210,7 +210,8 @@ def tile_table(q_position: torch.Tensor, q_place: torch.Tensor, k_position: torc
                k_place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Which key tiles each query tile may see: counts (Q tiles,) and indices (Q tiles, K tiles).
 
-    Arguments are (tiles, 128). By their ranges: a superset of what is visible: the mask decides inside a tile.
+    Arguments are (tiles, 128). By their ranges, a superset of what is visible: the mask decides
+    inside a tile.
     """
     is_text, is_own = k_place < 0, (k_place >= 0) & (k_place < 2**30)
     far = 2**30

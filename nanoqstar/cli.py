@@ -2,10 +2,10 @@
 
     --key value, --key=value, and --key alone for a boolean; `none` where a field may be None
 
-Exit codes, the same everywhere: 0 done, 2 wrong input (one sentence on stderr says what is wrong and
-how to mend it), 130 and 143 ended by Ctrl-C and SIGTERM.  This room imports the standard library only,
-so that --help and typos are answered at once; what a script does is imported when its settings are
-right.
+Exit codes, the same everywhere: 0 done, 2 wrong input (one sentence on stderr says what is wrong
+and how to mend it), 130 and 143 ended by Ctrl-C and SIGTERM. This room imports the standard library
+only, so that --help and typos are answered at once; what a script does is imported when its
+settings are right.
 """
 
 import dataclasses
@@ -31,8 +31,11 @@ class Answer(Exception):
     """The command line asked for a text and nothing else: --help, a list."""
 
 
-class Interrupted(Exception):
-    """A signal has ended what was going on; the exit code is 128 + its number."""
+class Interrupted(BaseException):
+    """A signal has ended what was going on; the exit code is 128 + its number.
+
+    No Exception, as it may come out of anything: what catches those must not take it for its own.
+    """
 
     def __init__(self, number: int, sentence: str = "interrupted") -> None:
         super().__init__(sentence)
@@ -46,9 +49,9 @@ class When(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-def setting(default: Any, meaning: str, *, at_least: float | None = None, above: float | None = None,
-            at_most: float | None = None, below: float | None = None, escapes: bool = False,
-            when: When | None = None) -> Any:
+def setting(default: Any, meaning: str, *, at_least: float | None = None,
+            above: float | None = None, at_most: float | None = None, below: float | None = None,
+            escapes: bool = False, when: When | None = None) -> Any:
     """A field of a settings dataclass, checked by `check`; escapes: `\\n` on the command line is a
     newline, so that any shell can say it."""
     bounds = {"at least": at_least, "greater than": above, "at most": at_most, "less than": below}
@@ -138,15 +141,15 @@ def settings(cls: type[T], args: Iterable[str], usage: str, positional: str | No
              base: T | None = None) -> T:
     """The settings that a command line asks for, on top of `base` (else the defaults).
 
-    A given field that means nothing under the others is refused. Raises InputError; Answer: the help.
+    A given field that means nothing under the others is refused. Raises InputError; Answer: help.
     """
     try:
         values = parse(cls, args, positional)
     except Answer:
         raise Answer(help_text(cls, usage, base, positional)) from None
     if base is None:
-        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING  # type: ignore
-                    and f.name not in values]
+        required = [f.name for f in dataclasses.fields(cls)  # type: ignore
+                    if f.default is dataclasses.MISSING and f.name not in values]
         if required:
             raise InputError(f"{' and '.join(required)} must be given; --help shows how")
     result = cls(**values) if base is None else dataclasses.replace(base, **values)  # type: ignore
@@ -158,7 +161,7 @@ def settings(cls: type[T], args: Iterable[str], usage: str, positional: str | No
 
 
 def help_text(cls: type, usage: str, base: Any = None, positional: str | None = None) -> str:
-    """Every field with its meaning and default; with a `base`, its values and what applies to it."""
+    """Every field, its meaning and default; with a `base`, its values and what applies to it."""
     lines = [usage.strip(), "", "options, as --key value or --key=value:"]
     for f in dataclasses.fields(cls):
         when = f.metadata["when"]
@@ -187,6 +190,9 @@ def command(args: Iterable[str], read: Callable[[list[str]], tuple], target: str
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character shows another
             stream.reconfigure(errors="replace")
+    # threads that wait sleep: spinning, two of them take ten times as long on a machine whose cores
+    # are taken; read when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         arguments = read(list(args))
         module, function = target.split(":")
@@ -214,8 +220,8 @@ def command(args: Iterable[str], read: Callable[[list[str]], tuple], target: str
         return fail(OUT_OF_MEMORY)
 
 
-OUT_OF_MEMORY = ("the memory is used up: lower batch_size (raise grad_accum), n_passes or max_length, "
-                 "or set --checkpointing 1")
+OUT_OF_MEMORY = ("the memory is used up: lower batch_size (raise grad_accum), n_passes or "
+                 "max_length, or set --checkpointing 1")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._triton import has_triton
 
 from nanoqstar import InputError
 
-SMALL_WIDTH = 256  # of models whose products gain little from a second thread
+SMALL_WIDTH = 256  # of models whose products gain nothing from a third thread
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -42,7 +41,7 @@ def can_compile(device: torch.device) -> bool:
 
 
 def compiled(function: Callable, **options: Any) -> Callable:
-    """torch.compile of a function, with the settings that our graphs need, made when first called for.
+    """torch.compile of a function with the settings that our graphs need, made when called for.
 
     One graph a shape: scoring and both kinds of rollout step, in training and in evaluation. A
     temperature is a setting: a graph for each, no scalars on the CPU.
@@ -52,17 +51,17 @@ def compiled(function: Callable, **options: Any) -> Callable:
     return torch.compile(function, **options)
 
 
-def speed_up(model: nn.Module, device: torch.device, checkpointing: float = 0.0,
+def speed_up(model: Any, device: torch.device, checkpointing: float = 0.0,
              compile: bool | None = None) -> None:
-    """Activation checkpointing and torch.compile of training, block by block; compile None: on CUDA.
+    """Activation checkpointing and torch.compile of a QuietStar's blocks; compile None: on CUDA.
 
     checkpointing: the share of activations that the backward pass recomputes. A compiled block
-    chooses which, the cheapest ones for their size first; uncompiled, it is the share of blocks that
-    are recomputed whole. On a CPU compiling takes a minute and wins 3% of a step (measured at
+    chooses which, the cheapest ones for their size first; uncompiled, it is the share of blocks
+    that are recomputed whole. On a CPU compiling takes a minute and wins 3% of a step (measured at
     `bench`'s cpu shape): the products are the library's either way.
     """
     layers = model.lm.model.layers
-    if compile or compile is None and device.type == "cuda":
+    if compile or (compile is None and device.type == "cuda"):
         if can_compile(device):
             torch._functorch.config.activation_memory_budget = 1 - checkpointing
             torch._dynamo.config.recompile_limit = 64
@@ -79,24 +78,24 @@ def speed_up(model: nn.Module, device: torch.device, checkpointing: float = 0.0,
         layers[i] = checkpoint_wrapper(layers[i], preserve_rng_state=False)
 
 
-def speed_up_decoding(model: nn.Module, device: torch.device) -> None:
+def speed_up_decoding(model: Any, device: torch.device) -> None:
     """torch.compile of decoding's steps: products with one row become kernels tuned for the GPU."""
     if device.type != "cuda" or not can_compile(device):
-        raise InputError("compiling for decoding needs a CUDA GPU, Triton and a C++ compiler: leave "
-                         "--compile out")
+        raise InputError("compiling for decoding needs a CUDA GPU, Triton and a C++ compiler: "
+                         "leave --compile out")
     torch._dynamo.config.recompile_limit = 64
     for block in model.lm.model.layers:
         block.compile(dynamic=False, options={"coordinate_descent_tuning": True})
 
 
 def pick_threads(wanted: int | None, hidden_size: int) -> None:
-    """Sets torch's CPU threads: as wanted, else the cores that nobody uses.
+    """Sets torch's CPU threads: as wanted, else one a core, of which a small model uses two.
 
-    One where products are as small as a demo's: a second thread wins little there, and on a machine
-    whose cores are taken every product waits for the slower one.
+    The same on every start, because another number of threads rounds otherwise. `cli.command` has
+    them sleep while they wait: where cores are taken, spinning would cost minutes for seconds.
     """
-    idle = (os.cpu_count() or 1) - round(os.getloadavg()[0] if hasattr(os, "getloadavg") else 0)
-    torch.set_num_threads(wanted or (max(1, idle) if hidden_size > SMALL_WIDTH else 1))
+    few = torch.get_num_threads() if hidden_size > SMALL_WIDTH else 2
+    torch.set_num_threads(wanted or min(few, torch.get_num_threads()))
 
 
 def total_memory(device: torch.device) -> int:

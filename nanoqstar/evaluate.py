@@ -147,8 +147,8 @@ def line(step: int, summary: dict[str, Any], thinks: bool) -> str:
     """What is said of an evaluation."""
     said = f"eval at {step}: nll {summary['nll_base']:.3f}"
     if thinks:
-        said += (f" -> {summary['nll_mixed']:.3f} with thoughts, gain {summary['gain']:+.4f} (hardest "
-                 f"tenth {summary['gain_hardest']:+.3f})")
+        said += (f" -> {summary['nll_mixed']:.3f} with thoughts, gain {summary['gain']:+.4f} "
+                 f"(hardest tenth {summary['gain_hardest']:+.3f})")
     return said
 
 

@@ -71,7 +71,7 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
                              "choose another folder") from None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
-        file.close()  # removed by its holder between our opening and our locking it: try the new one
+        file.close()  # removed by its holder between our opening and our locking it: once more
     try:
         yield
     finally:

@@ -7,40 +7,48 @@ from nanoqstar.device import total_memory
 from nanoqstar.qwen2 import Qwen2Config
 from nanoqstar.thoughts import ThoughtLayout
 
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
-         "3090": 71e12}  # dense bf16 FLOP/s by the makers' sheets
-
-
-def n_parameters(model: Qwen2Config) -> int:
-    """Of the language model; weights of products, without norms and biases."""
-    head = model.vocab_size * model.hidden_size
-    return block_weights(model) + head * (1 if model.tie_word_embeddings else 2)
+# dense bf16 FLOP/s by the makers' sheets; the first name that is part of the card's
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+         "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def block_weights(model: Qwen2Config) -> int:
+    """Weights of the products of all blocks."""
     width = model.num_attention_heads * model.head_dim
     kv_width = model.num_key_value_heads * model.head_dim
     return model.num_hidden_layers * model.hidden_size * (
         2 * width + 2 * kv_width + 3 * model.intermediate_size)
 
 
-def thinking_flops(model: Qwen2Config, layout: ThoughtLayout, batch: int, live: float = 1.0) -> tuple[int, int]:
-    """Useful FLOPs of (sampling, learning): products with weights and visible attention pairs, nothing twice.
+def n_parameters(model: Qwen2Config) -> int:
+    """Of the language model, without norms and biases."""
+    head = model.vocab_size * model.hidden_size
+    return block_weights(model) + head * (1 if model.tie_word_embeddings else 2)
 
-    Learning counts forward and backward (3 x forward), whatever is recomputed; only rows whose logits
-    are used count for the LM head: of the thoughts, the share `live` that has an advantage. Start is
-    counted once for all passes, as it is computed.
+
+def forward_flops(model: Qwen2Config, n_tokens: int, n_rows: float, n_pairs: int) -> int:
+    """Of n_tokens through the blocks and n_rows through the LM head; n_pairs: who sees whom."""
+    pair = 4 * model.num_attention_heads * model.head_dim * model.num_hidden_layers
+    head = model.vocab_size * model.hidden_size
+    return round(2 * (block_weights(model) * n_tokens + head * n_rows)) + pair * n_pairs
+
+
+def thinking_flops(model: Qwen2Config, layout: ThoughtLayout, batch: int, live: float = 1.0
+                   ) -> tuple[int, int]:
+    """Useful FLOPs of (sampling, learning): products with weights and visible attention pairs.
+
+    Nothing counts twice. Learning is forward and backward (3 x forward), whatever is recomputed;
+    only rows whose logits are used count for the LM head: of the thoughts, the share `live` that
+    has an advantage. Start is counted once for all passes, as it is computed.
     """
     t, p, s, a = layout.n_positions, layout.n_passes, layout.n_sampled, layout.n_ahead_talk
-    block, head = block_weights(model), model.vocab_size * model.hidden_size
-    pair = 4 * model.num_attention_heads * model.head_dim * model.num_hidden_layers
     text_pairs = layout.n_text * (layout.n_text + 1) // 2
     seen = t * (t + 1) // 2  # text pairs of one token per position
 
-    def forward(branch: int, rows: float) -> int:
-        tokens = layout.n_text + t * (1 + p * branch)
-        pairs = text_pairs + seen * (1 + p * branch) + t * (1 + p * (branch * (branch + 3) // 2))
-        return round(2 * (block * tokens + head * rows) + pair * pairs)
+    def forward(branch: int, n_rows: float) -> int:
+        n_tokens = layout.n_text + t * (1 + p * branch)
+        own = t * (1 + p * (branch * (branch + 3) // 2))  # pairs within the groups
+        return forward_flops(model, n_tokens, n_rows, text_pairs + seen * (1 + p * branch) + own)
 
     sampling = forward(s - 1, t * (1 + p * (s - 1)))
     learning = 3 * forward(s + a, layout.n_text + t * p * (s * live + a))
@@ -49,10 +57,8 @@ def thinking_flops(model: Qwen2Config, layout: ThoughtLayout, batch: int, live: 
 
 def text_flops(model: Qwen2Config, n_positions: int, batch: int) -> int:
     """Those of plain training on windows of n_positions tokens."""
-    weights = block_weights(model) + model.vocab_size * model.hidden_size
-    pairs = n_positions * (n_positions + 1) // 2
-    pair = 4 * model.num_attention_heads * model.head_dim * model.num_hidden_layers
-    return 3 * batch * (2 * weights * n_positions + pair * pairs)
+    n_pairs = n_positions * (n_positions + 1) // 2
+    return 3 * batch * forward_flops(model, n_positions, n_positions, n_pairs)
 
 
 def of_update(model: Qwen2Config, n_windows: int, n_positions: int, n_ahead: int, n_ahead_talk: int,
@@ -73,20 +79,25 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def refuse_beyond_memory(model: Qwen2Config, device: torch.device, n_tokens: int,
-                         checkpointing: float, host_bytes: int) -> None:
+                         checkpointing: float, host_bytes: int, learning: bool = True) -> None:
     """InputError where even less than a step can need is more than there is.
 
-    Counted: fp32 weights, gradients and two Adam moments; of the activations of n_tokens packed tokens
-    those that products keep for the backward pass, in bf16, unless they are recomputed. host_bytes: of
-    the windows and random numbers that wait.
+    Counted: fp32 weights and, if the language model is `learning`, gradients, two Adam moments, and
+    of n_tokens packed tokens the inputs of the blocks, which no recomputation saves, and in bf16
+    the queries, attention's outputs and SwiGLU's two inner products. host_bytes: of the windows and
+    random numbers that wait.
     """
-    kept = 2 * model.hidden_size + (1 - checkpointing) * (
-        4 * model.hidden_size + 3 * model.intermediate_size)
-    needed = 16 * n_parameters(model) + 2 * n_tokens * model.num_hidden_layers * kept
+    width = model.num_attention_heads * model.head_dim
+    kept = 4 * model.hidden_size + round(
+        (1 - checkpointing) * 4 * (width + model.intermediate_size))  # bytes of a token in a block
+    needed = 4 * n_parameters(model)
+    if learning:
+        needed = 4 * needed + n_tokens * model.num_hidden_layers * kept
     for what, size, there in (
             ("the model and one forward", needed, total_memory(device)),
-            ("the windows of an update or evaluation", host_bytes, total_memory(torch.device("cpu")))):
+            ("the windows of an update or evaluation", host_bytes,
+             total_memory(torch.device("cpu")))):
         if size > there:
-            raise InputError(f"{what} would need more than {size / 2**30:,.0f} GiB of memory, and there "
-                             f"are {there / 2**30:,.0f}: lower batch_size, grad_accum, n_passes, "
+            raise InputError(f"{what} would need more than {size >> 30:,} GiB of memory, and there "
+                             f"are {there >> 30:,}: lower batch_size, grad_accum, n_passes, "
                              "max_length, eval_windows or the model's sizes")

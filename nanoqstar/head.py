@@ -142,10 +142,10 @@ def weighted_log_probs(hidden: torch.Tensor, weight: torch.Tensor, targets: torc
 def sample_tokens(hidden: torch.Tensor, weight: torch.Tensor, uniforms: torch.Tensor,
                   temperature: float = 1.0, banned: torch.Tensor | None = None
                   ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse-CDF samples of softmax(logits / temperature): an id for each uniform number, lowest first.
+    """Inverse-CDF samples of softmax(logits / temperature): an id for each uniform number.
 
-    hidden (N, D), weight (V, D), uniforms (N, n) in [0, 1). Returns ids (N, n) and their log-probs
-    (N, n), nats. An id of zero probability is never returned, whatever the rounding.
+    hidden (N, D), weight (V, D), uniforms (N, n) in [0, 1), low ones for low ids. Returns ids and
+    their log-probs (N, n), nats. No rounding makes it return an id of zero probability.
     """
     ids = torch.empty(uniforms.shape, dtype=torch.long, device=hidden.device)
     dtype = torch.promote_types(hidden.dtype, torch.float32)

@@ -150,7 +150,6 @@ def load_thinker(path_or_id: str | os.PathLike, device: str | torch.device = "cp
     folder = resolve(path_or_id)
     config, (step, trained) = read_config(folder), read_info(folder)
     words = load_tokenizer(tokenizer or folder)
-    banned = unknown_ids(words, config.vocab_size)
     ends = [*special_ids(folder, "eos_token_id"), end_of_text_id(words),
             words.token_to_id(END_OF_TURN)]
     stored = {name: x for name, x in find_weights(folder).items()
@@ -158,6 +157,7 @@ def load_thinker(path_or_id: str | os.PathLike, device: str | torch.device = "cp
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)  # the same as the embedding
     check_sizes(folder, config, stored)
+    banned = unknown_ids(words, config.vocab_size)
 
     own, thinking = folder / "quietstar.safetensors", Thinking()
     extra: dict[str, Stored] = {}
@@ -204,8 +204,6 @@ def save(folder: str | os.PathLike, model: QuietStar, tokenizer: Tokenizer, *,
     """
     folder = Path(folder).resolve()
     partial, old = Path(f"{folder}.partial"), Path(f"{folder}.old")
-    if newest(folder) == old:  # a kill between the renames below
-        old.rename(folder)
     if folder.is_file() or (folder.exists() and any(folder.iterdir())
                             and not (folder / "nanoqstar.json").exists()):
         raise InputError(f"{folder} exists and was not saved by nanoqstar; choose another folder")
@@ -222,7 +220,7 @@ def save(folder: str | os.PathLike, model: QuietStar, tokenizer: Tokenizer, *,
         partial.rename(folder)
         sync(folder.parent)
     except BaseException as error:
-        if newest(folder) == old:
+        if newest(folder) == old:  # as a kill between the renames leaves it
             old.rename(folder)
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, SafetensorError):  # so it calls a full disk

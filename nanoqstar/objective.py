@@ -26,7 +26,7 @@ class States:
 
     base: torch.Tensor  # (B, T+A-1, D): text alone; entry i predicts x_{i+1}
     thought: torch.Tensor  # (B, P, T, S, D): start, t_1 .. t_{S-1}; predict t_1 .. t_S
-    mixed: torch.Tensor  # (B, P, T, A, D): end, lookahead, mixed with base; predict x_{i+1} .. x_{i+A}
+    mixed: torch.Tensor  # (B, P, T, A, D): end, lookahead, mixed with base; x_{i+1} .. x_{i+A}
     mix: torch.Tensor  # (B, P, T, A): weight of the thought
 
 
@@ -42,7 +42,7 @@ class Outcome:
 
 @dataclass
 class Valid:
-    """Which positions count (B, ..), from document ids alone: no prediction across a document's end."""
+    """Which positions count (B, ..), by document ids alone: none predicts past a document's end."""
 
     base: torch.Tensor  # (B, T): x_{i+1} is of x_i's document
     talk: torch.Tensor  # (B, T, A): x_{i+1+j} is
@@ -55,7 +55,7 @@ class Valid:
         return cls(talk[..., 0], talk, talk.all(-1))
 
     def counts(self) -> torch.Tensor:
-        """Counts of one pass, (1 + A + 1,): base, talk by lookahead, policy; to be summed over an update."""
+        """Counts of one pass (1 + A + 1,), to be summed over an update: base, talk's A, policy."""
         return torch.cat((self.base.sum()[None], self.talk.sum((0, 1)), self.policy.sum()[None]))
 
 
@@ -97,10 +97,10 @@ def quiet_star_loss(states: States, head: torch.Tensor, text: torch.Tensor, thou
     whole update.
 
     head: (V, D). text: (B, T+A). thoughts: (B, P, T, S). banned: (V,) bool, no thought holds them.
-    counts: `Valid.counts()` summed over the update's micro-batches and ranks, so that gradients add up.
-    Returns the loss; this forward's shares of the update's means, detached: nll_base, nll_talk (mixed,
-    over the whole lookahead), policy, reward, positive and live (shares of advantages above and other
-    than zero), mix; and the `Outcome`.
+    counts: `Valid.counts()` summed over the update's micro-batches and ranks: gradients add up.
+    Returns the loss; this forward's shares of the update's means, detached: nll_base, nll_talk
+    (mixed, over the whole lookahead), policy, reward, positive and live (shares of advantages above
+    and other than zero), mix; and the `Outcome`.
     """
     (_, n_passes, _, n_talk), n_sampled = states.mixed.shape[:4], thoughts.shape[-1]
     dtype = torch.promote_types(states.base.dtype, torch.float32)
@@ -129,8 +129,9 @@ def quiet_star_loss(states: States, head: torch.Tensor, text: torch.Tensor, thou
     share = 1 / (n_passes * policy_count)
     credit = (adv.flatten()[live] * share / n_sampled)[:, None].expand(-1, n_sampled).flatten()
     policy, _ = weighted_log_probs(
-        states.thought.flatten(0, 2)[live].flatten(0, 1), head, thoughts.flatten(0, 2)[live].flatten(),
-        -objective.policy_weight * credit, objective.reinforce_temperature, banned)
+        states.thought.flatten(0, 2)[live].flatten(0, 1), head,
+        thoughts.flatten(0, 2)[live].flatten(), -objective.policy_weight * credit,
+        objective.reinforce_temperature, banned)
     stats = {"nll_base": -(after_base * base_lp).sum(), "nll_talk": -(after_talk * mixed_lp).sum(),
              "policy": policy.detach() / (objective.policy_weight or 1.0),
              "reward": (reward * valid.policy[:, None]).sum() * share[0],

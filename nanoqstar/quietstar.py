@@ -6,6 +6,7 @@ that prediction is worth.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,11 +46,10 @@ def draw_from(ids: Sequence[int]) -> Rollout:
 
 
 class MixingHead(nn.Sequential):
-    """The weight of the thought's prediction, any real number: Linear ReLU Linear ReLU Linear (paper
-    4.3).
+    """The weight of the thought's prediction, any real number: Linear ReLU Linear ReLU Linear.
 
-    Its input is [base; talk], (.., 2D). The first layer's halves are applied apart, so that the base's
-    is computed once per text token instead of once per pass and lookahead.
+    Its input is [base; talk], (.., 2D) (paper 4.3). The first layer's halves are applied apart, so
+    that the base's is computed once per text token instead of once per pass and lookahead.
     """
 
     def __init__(self, dim: int) -> None:
@@ -59,17 +59,19 @@ class MixingHead(nn.Sequential):
     def base_half(self, base: torch.Tensor) -> torch.Tensor:
         """base (.., D) -> (.., D): its share of the first layer, in fp32 at least."""
         with torch.autocast(base.device.type, enabled=False):
-            weight = self[0].weight
+            weight: Any = self[0].weight
             return F.linear(base.to(weight.dtype), weight[:, :base.shape[-1]])
 
-    def forward(self, base_half: torch.Tensor, talk: torch.Tensor) -> torch.Tensor:
+    def forward(self, base_half: torch.Tensor,  # type: ignore[override]
+                talk: torch.Tensor) -> torch.Tensor:
         """base_half and talk (.., D), broadcastable -> mixing weight (.., 1), in fp32 at least.
 
         Outside autocast: bf16 would leave the weight three digits, and the head costs under a
         hundredth of a step.
         """
         with torch.autocast(talk.device.type, enabled=False):
-            weight, bias = self[0].weight, self[0].bias
+            first: Any = self[0]
+            weight, bias = first.weight, first.bias
             x = base_half + F.linear(talk.to(weight.dtype), weight[:, talk.shape[-1]:], bias)
             for layer in list(self)[1:]:
                 x = layer(x)
@@ -80,9 +82,11 @@ class QuietStar(nn.Module):
     """Qwen2 plus what thinking adds: start and end embedding, mixing head (paper 4.2 to 4.4).
 
     banned: (V,) bool, ids that no thought may hold (those the tokenizer does not have), or None.
-    How many thoughts there are and how long they and the lookahead are is read off the shapes of the
-    arguments.
+    How many thoughts there are and how long they and the lookahead are is read off the shapes of
+    the arguments.
     """
+
+    banned: torch.Tensor | None
 
     def __init__(self, lm: Qwen2, thought_temperature: float = 1.0,
                  banned: torch.Tensor | None = None) -> None:
@@ -94,7 +98,8 @@ class QuietStar(nn.Module):
         self.register_buffer("banned", banned, persistent=False)
 
     @torch.no_grad()
-    def init_thoughts(self, start_ids: Sequence[int], end_ids: Sequence[int], seed: int = 0) -> None:
+    def init_thoughts(self, start_ids: Sequence[int], end_ids: Sequence[int], seed: int = 0
+                      ) -> None:
         """Start and end from the mean embedding of the given ids (officially both `---`).
 
         The mixing head's last layer is zero: training starts exactly at the base model.
@@ -102,10 +107,12 @@ class QuietStar(nn.Module):
         for vector, ids in ((self.start_embedding, start_ids), (self.end_embedding, end_ids)):
             vector.copy_(self.lm.embed(torch.as_tensor(ids, device=vector.device)).mean(0))
         generator = torch.Generator().manual_seed(seed)
-        for layer in (self.mixing_head[0], self.mixing_head[2]):
+        head: Any = self.mixing_head
+        for layer in (head[0], head[2]):
             for p in (layer.weight, layer.bias):  # as torch does
-                p.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) * layer.in_features**-0.5)
-        self.mixing_head[4].weight.zero_()
+                draws = torch.rand(p.shape, generator=generator) * 2 - 1
+                p.copy_(draws * layer.in_features**-0.5)
+        head[4].weight.zero_()
 
     def text_states(self, text: torch.Tensor, docs: torch.Tensor) -> torch.Tensor:
         """Hidden states (B, N, D) of text (B, N) alone; docs (B, >= N)."""
@@ -120,7 +127,7 @@ class QuietStar(nn.Module):
         text, docs: (B, T+A) token and document ids. uniforms: (B, P, T, S) in [0, 1).
         Returns thoughts (B, P, T, S) and the log-probs they were sampled with.
         """
-        with autocast(text.device):  # of its own: no weight cast without a gradient is used in `loss`
+        with autocast(text.device):  # its own: no weight cast without a gradient is used in `loss`
             return self._rollout(text, docs, uniforms)
 
     def _rollout(self, text: torch.Tensor, docs: torch.Tensor, uniforms: torch.Tensor
@@ -175,9 +182,9 @@ class QuietStar(nn.Module):
              ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """A micro-batch's share of the update's loss, to be summed, and of its statistics.
 
-        text, docs: (B, T+A). thoughts, sampled_lp: (B, P, T, S) of `rollout`. counts: `Valid.counts`
-        of the whole update. The statistics are those of `quiet_star_loss`, and: gain, the reward by
-        token; entropy, the mean surprise of the sampled tokens, nats.
+        text, docs: (B, T+A). thoughts, sampled_lp: (B, P, T, S) of `rollout`. counts:
+        `Valid.counts` of the whole update. The statistics are those of `quiet_star_loss`, and:
+        gain, the reward by token; entropy, the mean surprise of the sampled tokens, nats.
         """
         n_passes, n_talk = thoughts.shape[1], text.shape[1] - thoughts.shape[2]
         valid = Valid.from_docs(docs, n_talk)
@@ -191,7 +198,7 @@ class QuietStar(nn.Module):
 
     def text_loss(self, text: torch.Tensor, docs: torch.Tensor, counts: torch.Tensor, n_talk: int
                   ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The same without thoughts: plain continued pre-training on the positions that would think."""
+        """The same without thoughts: plain pre-training on the positions that would think."""
         with autocast(text.device):
             hidden = self.text_states(text[:, :-n_talk], docs)
             loss = language_model_loss(hidden, self.lm.head_weight, text, docs, counts[0])

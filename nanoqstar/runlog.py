@@ -1,4 +1,4 @@
-"""A run's folder and what is said of it: config.json, metrics.jsonl, checkpoints; signals that end it."""
+"""A run's folder and what is said of it: config.json, metrics.jsonl; signals that end a run."""
 
 import json
 import os
@@ -7,11 +7,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -36,7 +36,8 @@ class Signals:
         again, self.number = self.number is not None, number
         if self.now or again:
             raise Interrupted(number)
-        tqdm.write("ending after this update", file=sys.stderr)
+        with suppress(OSError, RuntimeError):  # of a closed stderr, or one that is being written to
+            tqdm.write("ending after this update", file=sys.stderr)
 
     def check(self) -> None:
         if self.number is not None:
@@ -44,9 +45,9 @@ class Signals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        self.check()
         self.now = True
         try:
+            self.check()
             yield
         finally:
             self.now = False
@@ -69,15 +70,15 @@ class Signals:
 def run_folder(out_dir: str | None, name: str) -> Iterator[Path]:
     """The run's folder, made now and held by this process; never one that holds anything already.
 
-    A start that fails leaves nothing behind: the folder is removed where no update was logged in it.
+    A start that fails leaves nothing behind: the folder is removed where nothing was learned in it.
     """
     with ExitStack() as held:
         if out_dir is not None:
             out = Path(out_dir)
             make_and_hold(held, out)
             if any(p.name != LOCK for p in out.iterdir()):
-                raise InputError(f"{out} already holds a run or other files: choose another --out_dir, "
-                                 "or delete it")
+                raise InputError(f"{out} already holds a run or other files: choose another "
+                                 "--out_dir, or delete it")
         else:
             for n in count(1):
                 out = Path("out") / (name if n == 1 else f"{name}-{n}")
@@ -90,10 +91,17 @@ def run_folder(out_dir: str | None, name: str) -> Iterator[Path]:
         try:
             yield out
         except BaseException:
-            metrics = out / "metrics.jsonl"
-            if not metrics.exists() or not metrics.stat().st_size:
+            if not has_learned(out):
                 shutil.rmtree(out, ignore_errors=True)
             raise
+
+
+def has_learned(out: Path) -> bool:
+    """Whether a run's folder holds a model, or the log of an update."""
+    metrics = out / "metrics.jsonl"
+    rows = metrics.read_text().splitlines() if metrics.exists() else []
+    return ((out / "base").exists() or (out / "checkpoint").exists()
+            or any('"kind": "eval"' not in row for row in rows))
 
 
 def make_and_hold(held: ExitStack, out: Path) -> None:
@@ -121,7 +129,11 @@ class RunLog:
         self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.metrics.flush()
         if self.wandb:
-            self.wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=self.offset + step)
+            try:
+                self.wandb.log({f"{kind}/{k}": v for k, v in values.items()},
+                               step=self.offset + step)
+            except Exception as error:  # W&B has many
+                raise OSError(f"W&B: {error}") from error
 
     def start_clock(self, step: int) -> None:
         self.clock = step, time.perf_counter()
@@ -130,7 +142,7 @@ class RunLog:
                peak: float | None, stats: dict[str, Any]) -> None:
         """Logs and shows an update's statistics and the speed since the clock was started.
 
-        n_tokens, work: text tokens and useful FLOPs of an update. peak: FLOP/s of the device, or None.
+        n_tokens, work: an update's text tokens and useful FLOPs. peak: FLOP/s of the device, or None.
         """
         step, start = self.clock
         seconds = (time.perf_counter() - start) / max(1, done - step)
@@ -158,11 +170,7 @@ class RunLog:
         if unless_recent and now - self.said < SILENCE:
             return
         self.said = now
-        try:
-            tqdm.write(line)
-            sys.stdout.flush()
-        except BrokenPipeError:  # nobody reads on, as in `| head -1`: the run is worth finishing
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        write(line, sys.stdout)
 
     def guard(self, failure: str, function: Any, *args: Any, **options: Any) -> bool:
         """Whether function(*args) came to its end; a full disk, say, is reported and no more."""
@@ -170,13 +178,24 @@ class RunLog:
             function(*args, **options)
             return True
         except OSError as error:
-            tqdm.write(f"warning: {failure} ({error.strerror or error}); the run goes on",
-                       file=sys.stderr)
+            write(f"warning: {failure} ({error.strerror or error}); the run goes on", sys.stderr)
             return False
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.start
+
+
+def write(line: str, stream: TextIO) -> None:
+    """A line above the progress bar; where nobody reads on (`| head -1`), or the log's disk is
+    full, the run is worth finishing all the same."""
+    try:
+        tqdm.write(line, file=stream)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError:
+        pass
 
 
 def start_wandb(name: str, config: dict[str, Any]) -> Any:
@@ -185,4 +204,8 @@ def start_wandb(name: str, config: dict[str, Any]) -> Any:
     except ImportError:
         raise InputError("wandb is not installed: pip install -e '.[wandb]', or leave --wandb out"
                          ) from None
-    return wandb.init(project="nanoqstar", name=name, config=config)
+    try:
+        return wandb.init(project="nanoqstar", name=name, config=config)
+    except Exception as error:  # W&B has many
+        raise InputError(f"W&B does not start: {' '.join(str(error).split())}; log in with `wandb "
+                         "login`, or leave --wandb out") from None

@@ -106,6 +106,7 @@ class Decoder:
             thought.append(ids)
         return torch.cat(thought, dim=1), base
 
+    @torch.no_grad()
     def next_logits(self, newest: Tensor, n: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The next token's logits (B, V), the thought (B, S) behind them, its mixing weight (B,).
 
@@ -132,7 +133,8 @@ class Decoder:
         by_thought = self.is_text & (slot <= last_text) | (slot <= query)
         mask = torch.where(query < self.n_ahead, by_thought, self.is_text & (slot <= query))
         mask = mask | (slot == query)  # padding sees itself
-        used = len(slot) if slot.is_cuda else int(last_text) + 1  # a GPU prefers one shape
+        on_cpu = slot.device.type == "cpu"
+        used = int(last_text) + 1 if on_cpu else len(slot)  # a GPU prefers one shape
         form = few_queries if len(slots) <= 2 else dense  # a step's forwards have one token or two
         attend = form(mask[..., :used])
         return self.model.lm(

@@ -6,9 +6,10 @@ One sequence holds a window's text once, then one group per thinking position i:
     group(i)  = start, branch(pass 0), .., branch(pass P-1)
     branch(p) = t_1 .. t_S, end, x_{i+1} .. x_{i+A-1}                 S + A tokens
 
-All passes of a position share its start token: it is the same vector seeing the same text, so one copy computes what
-P would. Groups lie in order of position, which makes a group's own keys neighbours and the text that a run of
-queries sees a prefix. RoPE goes on from i: start at i+1, t_k at i+1+k, end at i+K, x_{i+k} at i+K+k.
+All passes of a position share its start token: it is the same vector seeing the same text, so one
+copy computes what P would. Groups lie in order of position, which makes a group's own keys
+neighbours and the text that a run of queries sees a prefix. RoPE goes on from i: start at i+1, t_k
+at i+1+k, end at i+K, x_{i+k} at i+K+k.
 """
 
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from functools import lru_cache
 
 import torch
 
+Tokens = tuple[torch.Tensor, ...]  # position, pass, place, and for `visible` document
+
 
 @dataclass(frozen=True)
 class Packing:
-    """Geometry alone: `n_text` text tokens, then `n_positions` groups of a root and `n_passes` branches."""
+    """Geometry alone: `n_text` tokens of text, then a group of a root and branches per position."""
 
     n_text: int
     n_positions: int  # T
@@ -27,22 +30,22 @@ class Packing:
     n_branch: int  # tokens of a branch
 
     @property
-    def n_group(self):
+    def n_group(self) -> int:
         return 1 + self.n_passes * self.n_branch
 
     @property
-    def n_packed(self):
+    def n_packed(self) -> int:
         return self.n_text + self.n_positions * self.n_group
 
     @lru_cache
     @torch.inference_mode(False)
-    def describe(self, device=None):
-        """What each packed token is: its position i, its pass and its place, each (n_packed,) int64.
+    def describe(self, device: torch.device | None = None) -> Tokens:
+        """What each packed token is: its position i, pass and place, each (n_packed,) int64.
 
-        Place is -1 for text, 0 for the root (start), 1.. along a branch; pass is -1 for text and root.
+        Place: -1 for text, 0 for the root (start), 1.. along a branch; pass: -1 for text and root.
         """
-        none = torch.full((self.n_text,), -1)
-        place = torch.cat((torch.zeros(1).long(), torch.arange(1, self.n_branch + 1).repeat(self.n_passes)))
+        none, branch = torch.full((self.n_text,), -1), torch.arange(1, self.n_branch + 1)
+        place = torch.cat((torch.zeros(1).long(), branch.repeat(self.n_passes)))
         pass_ = torch.cat((none[:1], torch.arange(self.n_passes).repeat_interleave(self.n_branch)))
         position = torch.arange(self.n_positions).repeat_interleave(self.n_group)
         described = (torch.cat((torch.arange(self.n_text), position)),
@@ -52,19 +55,22 @@ class Packing:
 
     @lru_cache
     @torch.inference_mode(False)
-    def rope_positions(self, device=None):
+    def rope_positions(self, device: torch.device | None = None) -> torch.Tensor:
         """RoPE position of every packed token, (n_packed,)."""
         position, _, place = self.describe(device)
         return position + place + 1
 
     @lru_cache
     @torch.inference_mode(False)
-    def rows(self, place, device=None):
-        """Indices of the packed tokens that are queries when a rollout has come to `place` (`query_rows`)."""
+    def rows(self, place: int | None, device: torch.device | None = None) -> torch.Tensor:
+        """Indices of the packed tokens that are queries when a rollout is at `place`."""
         return query_rows(self.describe()[2], place).to(device)
 
-    def split(self, packed):
-        """(B, n_packed, ..) -> text (B, n_text, ..), roots (B, T, ..), branches (B, P, T, n_branch, ..); all views."""
+    def split(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, n_packed, ..) -> text, roots and branches, all views.
+
+        They are (B, n_text, ..), (B, T, ..) and (B, P, T, n_branch, ..).
+        """
         text, groups = packed.split((self.n_text, self.n_packed - self.n_text), dim=1)
         groups = groups.unflatten(1, (self.n_positions, self.n_group))
         branches = groups[:, :, 1:].unflatten(2, (self.n_passes, self.n_branch))
@@ -73,79 +79,88 @@ class Packing:
 
 @dataclass(frozen=True)
 class ThoughtLayout:
-    """All arithmetic of n_ahead, n_ahead_talk, n_passes, for windows of T + A tokens (paper sections 4.2, 4.4.2)."""
+    """All arithmetic of n_ahead, n_ahead_talk, n_passes, in windows of T + A tokens (paper 4.2)."""
 
     n_ahead: int  # K: tokens of a thought, start and end included
     n_ahead_talk: int  # A: true tokens predicted after a thought
     n_passes: int  # P: thoughts per position
     n_positions: int  # T: positions that think
 
-    def __post_init__(self):
-        assert self.n_ahead >= 3 and min(self.n_ahead_talk, self.n_passes, self.n_positions) >= 1, self
+    def __post_init__(self) -> None:
+        assert self.n_ahead >= 3, self
+        assert min(self.n_ahead_talk, self.n_passes, self.n_positions) >= 1, self
 
     @classmethod
-    def of(cls, text, thoughts):
+    def of(cls, text: torch.Tensor, thoughts: torch.Tensor) -> "ThoughtLayout":
         """Read off the shapes of text (B, T+A) and of thoughts or their uniforms (B, P, T, S)."""
         batch, n_passes, n_positions, n_sampled = thoughts.shape
         assert len(text) == batch, (text.shape, thoughts.shape)
         return cls(n_sampled + 2, text.shape[1] - n_positions, n_passes, n_positions)
 
     @property
-    def n_sampled(self):  # S
+    def n_sampled(self) -> int:  # S
         return self.n_ahead - 2
 
     @property
-    def n_text(self):  # the last thoughts' lookahead needs the hidden states of A - 1 tokens past the last thinker
+    def n_text(self) -> int:
+        # the lookahead of the last thinker's thoughts needs the states of A - 1 tokens past it
         return self.n_positions + self.n_ahead_talk - 1
 
     @property
-    def packing(self):
+    def packing(self) -> Packing:
         """Of the one forward that scores."""
-        return Packing(self.n_text, self.n_positions, self.n_passes, self.n_sampled + self.n_ahead_talk)
+        n_branch = self.n_sampled + self.n_ahead_talk
+        return Packing(self.n_text, self.n_positions, self.n_passes, n_branch)
 
     @property
-    def rollout_packing(self):
-        """Of the KV cache while thoughts are sampled: t_S is never an input, end and lookahead come later."""
+    def rollout_packing(self) -> Packing:
+        """Of the KV cache in a rollout: t_S is never an input, end and lookahead come later."""
         return Packing(self.n_text, self.n_positions, self.n_passes, self.n_sampled - 1)
 
-    def pack(self, text, thoughts):
-        """Ids of the packed sequence, 0 standing in for start and end, which have none; and where those stand.
+    def pack(self, text: torch.Tensor, thoughts: torch.Tensor
+             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids of the packed sequence, 0 for start and end, which have none; and where those stand.
 
-        text: (B, T+A).  thoughts: (B, P, T, S).  Returns ids (B, n_packed), is_start and is_end (n_packed,) bool.
+        text: (B, T+A). thoughts: (B, P, T, S). Returns ids (B, n_packed), is_start and is_end
+        (n_packed,) bool.
         """
         batch = len(text)
-        assert thoughts.shape == (batch, self.n_passes, self.n_positions, self.n_sampled), thoughts.shape
+        expected = (batch, self.n_passes, self.n_positions, self.n_sampled)
+        assert thoughts.shape == expected, thoughts.shape
         assert text.shape == (batch, self.n_positions + self.n_ahead_talk), text.shape
         ids = text.new_zeros(batch, self.packing.n_packed)
         base, _, branches = self.packing.split(ids)  # views: filling them fills ids
         base.copy_(text[:, :self.n_text])
         branches[..., :self.n_sampled] = thoughts
-        branches[..., self.n_sampled + 1:] = text[:, 1:].unfold(1, self.n_ahead_talk, 1)[:, None, :, :-1]
+        lookahead = text[:, 1:].unfold(1, self.n_ahead_talk, 1)[:, None, :, :-1]
+        branches[..., self.n_sampled + 1:] = lookahead
         place = self.packing.describe(text.device)[2]
         return ids, place == 0, place == self.n_sampled + 1
 
 
-def query_rows(places, place):
-    """Indices of the queries among tokens of those places: all, or (place 0) text and roots, or one branch place."""
+def query_rows(places: torch.Tensor, place: int | None) -> torch.Tensor:
+    """Which tokens at those places are queries: all (None), text and roots (0), or one place's."""
     if place is None:
         return torch.arange(len(places), device=places.device)
     return (places <= 0 if place == 0 else places == place).nonzero()[:, 0]
 
 
-def visible(query, key):
+def visible(query: Tokens, key: Tokens) -> torch.Tensor:
     """The one definition of who sees whom; every mask is built from it or tested against it.
 
-    query, key: (position, pass, place, document) of packed tokens, broadcastable int tensors.  Returns bool.
+    query, key: (position, pass, place, document) of packed tokens, broadcastable int tensors.
+    Returns bool.
     """
     q_position, q_pass, q_place, q_document = query
     k_position, k_pass, k_place, k_document = key
     text = (k_place < 0) & (k_position <= q_position) & (k_document == q_document)
-    own = (k_place >= 0) & (k_place <= q_place) & (k_position == q_position) & ((k_pass == q_pass) | (k_place == 0))
+    own = ((k_place >= 0) & (k_place <= q_place) & (k_position == q_position)
+           & ((k_pass == q_pass) | (k_place == 0)))
     return text | own
 
 
-def dense_mask(packing, docs):
-    """The definition as booleans (B, 1, n_packed, n_packed), True = visible; docs (B, >= n_text) document ids."""
+def dense_mask(packing: Packing, docs: torch.Tensor) -> torch.Tensor:
+    """The definition as (B, 1, n_packed, n_packed) bool, True: visible; docs (B, >= n_text) ids."""
     position, pass_, place = packing.describe(docs.device)
     docs = docs[:, None, position]  # a group belongs to its position's document
     query = (position[:, None], pass_[:, None], place[:, None], docs[..., :, None])

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says of a model, config.json and safetensors; nothing is ever pickled."""
+"""What a Hugging Face folder holds of a model: config.json and safetensors, checked, then read."""
 
 import math
 import os
@@ -49,7 +49,7 @@ def read_config(folder: str | os.PathLike) -> Qwen2Config:
         raise InputError(f"{file}: {what} is not supported; nanoqstar computes plain Qwen2, "
                          "Qwen2.5 and Mistral only")
 
-    if raw.get("model_type") not in DEFAULTS:
+    if str(raw.get("model_type")) not in DEFAULTS:
         refuse(f"model_type {raw.get('model_type')!r}")
     if raw.get("hidden_act", "silu") != "silu":
         refuse(f"hidden_act {raw['hidden_act']!r}")
@@ -117,7 +117,7 @@ class Stored(NamedTuple):
 
 
 def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """({name: Stored}, metadata) of a safetensors file; InputError: it is not there, or not whole."""
+    """({name: Stored}, metadata) of a safetensors file; InputError: it is missing, or not whole."""
     try:
         with safe_open(file, "pt") as f:  # checks the header against itself and the file's length
             slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
@@ -183,14 +183,14 @@ def check_sizes(folder: Path, config: Qwen2Config, stored: Mapping[str, Stored])
 
 def copy(stored: Mapping[str, Stored], targets: Mapping[str, torch.Tensor]) -> None:
     """Fills the targets, of any dtype and device, one by one; InputError: there is a NaN or inf."""
-    for file in sorted({stored[name].file for name in targets}):
-        with safe_open(file, "pt") as f, torch.no_grad():
-            for name in [n for n in targets if stored[n].file == file]:
-                x = f.get_tensor(name)
-                if x.numel() and not all(map(math.isfinite, (y.item() for y in x.aminmax()))):
-                    raise InputError(f"{file}: {name} holds numbers that are not finite (NaN or "
-                                     "infinity): this model is broken, take an earlier one")
-                targets[name].copy_(x)
+    for name, target in targets.items():
+        file = stored[name].file
+        with safe_open(file, "pt") as f:  # opened anew, or all that was read stays mapped
+            x = f.get_tensor(name)
+        if x.numel() and not all(math.isfinite(y.item()) for y in x.aminmax()):
+            raise InputError(f"{file}: {name} holds numbers that are not finite (NaN or infinity): "
+                             "this model is broken, take an earlier one")
+        target.detach().copy_(x)
 
 
 def from_official(weights: Mapping[str, torch.Tensor], scale: float = EMBEDDING_SCALE

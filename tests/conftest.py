@@ -6,8 +6,8 @@ import torch
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 
-SHAPE = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=6, max_position_embeddings=4096)
+SHAPE = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, head_dim=6, max_position_embeddings=4096)
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
@@ -17,9 +17,10 @@ def tied(request):
 
 @pytest.fixture
 def make_model():
-    """(tied, banned ids, temperature, seed, sizes) -> Qwen2 with biases and grouped keys in a QuietStar, float64.
+    """(tied, banned ids, temperature, seed, sizes) -> float64 Qwen2 with biases, grouped keys.
 
-    Every parameter is random and none is zero: biases, start, end and the mixing head's last layer included.
+    Every parameter of the QuietStar is random and none is zero: biases, start, end and the mixing
+    head's last layer included.
     """
     def make(tied=True, banned=(7, 60), thought_temperature=1.0, seed=0, **sizes):
         config = Qwen2Config(**SHAPE | sizes, tie_word_embeddings=tied)

@@ -1,8 +1,9 @@
-"""python tests/golden.py CASE.json [...]: our modules in float64 against values of the official implementation.
+"""python tests/golden.py CASE.json [...]: our modules in float64 against official values.
 
-A case is NAME.json beside NAME.safetensors (weights under official Mistral names, inputs, the thoughts that were
-sampled, losses, rewards, log-likelihoods, every gradient).  Prints the worst relative error of each kind of tensor,
-max|a-b| / max|b| (absolute where the reference is all zero), and exits 1 if any exceeds 1e-9.
+A case is NAME.json beside NAME.safetensors (weights under official Mistral names, inputs, the
+thoughts that were sampled, losses, rewards, log-likelihoods, every gradient). Prints the worst
+relative error of each kind of tensor, max|a-b| / max|b| (absolute where the reference is all zero),
+and exits 1 if any exceeds 1e-9.
 """
 
 import json
@@ -12,11 +13,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from nanoqstar.hf import from_official
 from nanoqstar.head import weighted_log_probs
 from nanoqstar.objective import Objective, Valid, quiet_star_loss
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
+from nanoqstar.weights import from_official
 
 BOUND = 1e-9
 
@@ -31,9 +32,10 @@ def check(path):
     """{what: worst relative error} of one case; both policy weights."""
     case = json.loads(Path(path).read_text())
     t = load_file(Path(path).with_suffix(".safetensors"))
-    n, n_talk, n_passes, hyper = case["n_ahead"], case["n_ahead_talk"], case["n_passes"], case["hyper"]
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps", "attention_bias", "tie_word_embeddings")
+    n, n_talk, n_passes, hyper = (case[k] for k in ("n_ahead", "n_ahead_talk", "n_passes", "hyper"))
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps",
+            "attention_bias", "tie_word_embeddings")
     config = Qwen2Config(**{k: case["config"][k] for k in keys}, max_position_embeddings=4096)
     banned = torch.zeros(config.vocab_size, dtype=torch.bool)
     banned[[case["start_token_id"], case["end_token_id"]]] = True
@@ -48,9 +50,11 @@ def check(path):
     batch, length = ids.shape
     text = torch.cat((ids, ids[:, :n_talk - 1]), dim=1)
     docs = (torch.arange(text.shape[1]) >= length).long().expand(batch, -1)
-    thoughts = t["thought_tokens"].long().unflatten(1, (batch, n_passes)).movedim(0, -1)[:, :, :length - 1]
+    thoughts = t["thought_tokens"].long().unflatten(1, (batch, n_passes)).movedim(0, -1)
+    thoughts = thoughts[:, :, :length - 1]
     valid = Valid.from_docs(docs, n_talk)
-    valid.policy = (torch.arange(length - 1) < length - 1 - n_talk).expand(batch, -1)  # drops one more: SEMANTICS E21
+    # drops one more: SEMANTICS E21
+    valid.policy = (torch.arange(length - 1) < length - 1 - n_talk).expand(batch, -1)
 
     errors = {}
 
@@ -60,8 +64,9 @@ def check(path):
     for weight, suffix in zip(hyper["policy_loss_betas"], ("1", "1e6"), strict=True):
         model.zero_grad()
         states = model.score(text, docs, thoughts)
-        objective = Objective(policy_weight=weight, clamp_advantage=hyper["remove_negative_rewards"],
-                              reinforce_temperature=hyper["reinforce_temperature"])
+        objective = Objective(
+            policy_weight=weight, clamp_advantage=hyper["remove_negative_rewards"],
+            reinforce_temperature=hyper["reinforce_temperature"])
         loss, stats, outcome = quiet_star_loss(states, model.lm.head_weight, text, thoughts, valid,
                                                valid.counts(), objective, banned)
         loss.backward()
@@ -72,18 +77,22 @@ def check(path):
         compare("base losses", base, t["loss_stage_0"])
         for k in range(n_talk):
             rows = slice(0, length - 1 - k)
-            compare("mixed losses", -outcome.mixed_lp[:, :, rows, k].flatten(0, 1), t[f"loss_stage_{n - 1 + k}"])
-            compare("mixing weights", states.mix[:, :, rows, k].detach().flatten(0, 1), t[f"w_{n - 1 + k}"][:, rows, 0])
+            compare("mixed losses", -outcome.mixed_lp[:, :, rows, k].flatten(0, 1),
+                    t[f"loss_stage_{n - 1 + k}"])
+            compare("mixing weights", states.mix[:, :, rows, k].detach().flatten(0, 1),
+                    t[f"w_{n - 1 + k}"][:, rows, 0])
             compare("base losses", base[:, k:], t[f"base_shift_ce_{k}"])
-        compare("rewards", outcome.reward[:, :, :length - 1 - n_talk].flatten(0, 1), t["policy_reward"])
+        compare("rewards", outcome.reward[:, :, :length - 1 - n_talk].flatten(0, 1),
+                t["policy_reward"])
         rows = states.thought.detach().flatten(0, 3)
-        _, log_probs = weighted_log_probs(rows, model.lm.head_weight.detach(), thoughts.flatten(), rows[:, 0] * 0,
-                                          hyper["reinforce_temperature"], banned)
+        _, log_probs = weighted_log_probs(rows, model.lm.head_weight.detach(), thoughts.flatten(),
+                                          rows[:, 0] * 0, hyper["reinforce_temperature"], banned)
         log_probs = log_probs.view(thoughts.shape).flatten(0, 1)
         for m in range(n - 3):
             compare("log-likelihoods", log_probs[..., m], t[f"action_ll_{m}"])
-        gradients, added = from_official({k.split(".", 1)[1]: x for k, x in t.items()
-                                          if k.startswith(f"grad_beta{suffix}.")}, scale=1 / hyper["embedding_scale"])
+        official = {k.split(".", 1)[1]: x for k, x in t.items()
+                    if k.startswith(f"grad_beta{suffix}.")}
+        gradients, added = from_official(official, scale=1 / hyper["embedding_scale"])
         ours = dict(model.named_parameters())
         reference = {**{f"lm.{k}": x for k, x in gradients.items()}, **added}
         assert ours.keys() == reference.keys(), ours.keys() ^ reference.keys()
@@ -99,7 +108,8 @@ def main(paths):
     for path in paths:
         errors = check(path)
         failed |= any(e > BOUND for e in errors.values())
-        print(Path(path).stem, *(f"  {what:16} {error:.1e}" for what, error in errors.items()), sep="\n")
+        lines = (f"  {what:16} {error:.1e}" for what, error in errors.items())
+        print(Path(path).stem, *lines, sep="\n")
     print(f"worse than {BOUND}" if failed else f"all within {BOUND}")
     sys.exit(failed)
 

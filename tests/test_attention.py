@@ -1,4 +1,4 @@
-"""Every form of the packed attention is the dense mask, for the whole sequence and for each step of a rollout."""
+"""Every form of the packed attention is the dense mask, whole and at each step of a rollout."""
 
 import pytest
 import torch
@@ -6,14 +6,17 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from nanoqstar import attention
-from nanoqstar.attention import Flex, TwoPart, dense, few_queries, packed_attention, query_rows, text_mask, tile_table
-from nanoqstar.thoughts import Packing, dense_mask
+from nanoqstar.attention import Flex, TwoPart, dense, few_queries, packed_attention, text_mask
+from nanoqstar.thoughts import Packing, dense_mask, query_rows
 
 CHUNK = attention.POSITIONS_PER_CHUNK
 PACKINGS = [Packing(n_text=T + A - 1, n_positions=T, n_passes=P, n_branch=n) for T, A, P, n in [
-    (1, 1, 1, 1), (5, 3, 2, 4), (CHUNK - 1, 1, 1, 2), (CHUNK, 2, 2, 3), (CHUNK + 1, 4, 3, 1), (2 * CHUNK + 5, 2, 2, 3)]]
-EVERY_PLACE = [(packing, place) for packing in PACKINGS for place in [None, *range(packing.n_branch + 1)]]
-TILED = [Packing(n_text=T + 1, n_positions=T, n_passes=P, n_branch=n) for T, P, n in [(200, 1, 4), (60, 3, 7)]]
+    (1, 1, 1, 1), (5, 3, 2, 4), (CHUNK - 1, 1, 1, 2), (CHUNK, 2, 2, 3), (CHUNK + 1, 4, 3, 1),
+    (2 * CHUNK + 5, 2, 2, 3)]]
+EVERY_PLACE = [(packing, place) for packing in PACKINGS
+               for place in [None, *range(packing.n_branch + 1)]]
+TILED = [Packing(n_text=T + 1, n_positions=T, n_passes=P, n_branch=n)
+         for T, P, n in [(200, 1, 4), (60, 3, 7)]]
 
 
 def name(value):
@@ -22,17 +25,20 @@ def name(value):
     return "whole" if value is None else f"place{value}"
 
 
-def random_qkv(packing, place, kv_heads=2, groups=3, dim=8, dtype=torch.float64, device="cpu", batch=2):
+def random_qkv(packing, place, kv_heads=2, groups=3, dim=8, dtype=torch.float64, device="cpu",
+               batch=2):
     n = len(query_rows(packing.describe()[2], place))
     gen = torch.Generator().manual_seed(0)
     shapes = ((kv_heads * groups, n), (kv_heads, packing.n_packed), (kv_heads, packing.n_packed))
-    return [torch.randn(batch, *shape, dim, generator=gen).to(device, dtype).requires_grad_() for shape in shapes]
+    return [torch.randn(batch, *shape, dim, generator=gen).to(device, dtype).requires_grad_()
+            for shape in shapes]
 
 
 def random_docs(packing, batch=2):
     """Row 0 is one document; the others break at places of their own."""
     gen = torch.Generator().manual_seed(1)
-    return ((torch.rand(batch, packing.n_text + 1, generator=gen) < 0.2) * (torch.arange(batch) > 0)[:, None]).cumsum(1)
+    breaks = torch.rand(batch, packing.n_text + 1, generator=gen) < 0.2
+    return (breaks * (torch.arange(batch) > 0)[:, None]).cumsum(1)
 
 
 def mask_of(packing, docs, place):
@@ -40,27 +46,30 @@ def mask_of(packing, docs, place):
 
 
 def assert_same(ours, reference, qkv, tolerance, gradients=True):
-    """Outputs, and gradients of q, k and v for one random cotangent, as far apart as `tolerance` of their largest."""
+    """Outputs, and gradients of q, k, v for one cotangent: `tolerance` of their largest apart."""
     pairs = [(ours, reference)]
     if gradients:
         cotangent = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2)).to(ours)
-        pairs += zip(*(torch.autograd.grad(x, qkv, cotangent.to(x)) for x in (ours, reference)), strict=True)
+        pairs += zip(*(torch.autograd.grad(x, qkv, cotangent.to(x)) for x in (ours, reference)),
+                     strict=True)
     for a, b in pairs:
-        assert a.shape == b.shape and ((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3))
+        assert a.shape == b.shape and (
+            (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3))
 
 
 def at(attend, place):
     return attend if place is None else attend.at(place)
 
 
-@pytest.mark.parametrize("packing, place", EVERY_PLACE, ids=name)
+@pytest.mark.parametrize(("packing", "place"), EVERY_PLACE, ids=name)
 def test_two_part_is_dense(packing, place):
     docs, qkv = random_docs(packing), random_qkv(packing, place)
-    assert_same(at(TwoPart(packing, docs), place)(*qkv), dense(mask_of(packing, docs, place))(*qkv), qkv, 1e-13)
+    expected = dense(mask_of(packing, docs, place))(*qkv)
+    assert_same(at(TwoPart(packing, docs), place)(*qkv), expected, qkv, 1e-13)
 
 
 def test_a_rollout_ignores_what_its_slots_held():
-    """At place 1, whatever lies in the slots of later places and of other passes changes nothing."""
+    """At place 1, whatever lies in the slots of later places and other passes changes nothing."""
     packing = PACKINGS[1]
     docs, (q, k, v) = random_docs(packing), random_qkv(packing, 1)
     later = packing.describe()[2] > 1
@@ -78,7 +87,8 @@ def test_two_part_keeps_the_dtype():
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_few_queries_is_dense(n):
     gen = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, heads, length, 8, generator=gen, dtype=torch.float64, requires_grad=True)
+    q, k, v = (torch.randn(3, heads, length, 8, generator=gen, dtype=torch.float64,
+                           requires_grad=True)
                for heads, length in ((6, n), (2, 9), (2, 9)))
     mask = (torch.rand(3, 1, n, 9, generator=gen) < 0.5) | (torch.arange(9) == 4)
     assert_same(few_queries(mask)(q, k, v), dense(mask)(q, k, v), (q, k, v), 1e-13)
@@ -103,7 +113,8 @@ def test_flex_mask_is_the_dense_mask(packing, place):
     """Padded keys are seen by nobody, padded queries see one key, so that no softmax is empty."""
     docs = random_docs(packing)
     flex, expected = make_flex(packing, docs, place), mask_of(packing, docs, place)
-    (n_queries, n_keys), lengths = expected.shape[2:], [-(-n // 128) * 128 for n in expected.shape[2:]]
+    n_queries, n_keys = expected.shape[2:]
+    lengths = [-(-n // 128) * 128 for n in (n_queries, n_keys)]
     mask = create_mask(flex.block_mask.mask_mod, 2, 1, *lengths, device="cpu")
     assert torch.equal(mask[:, :, :n_queries, :n_keys], expected)
     assert not mask[..., n_keys:].any() and (mask[:, :, n_queries:].sum(-1) == 1).all()
@@ -121,7 +132,8 @@ def test_tile_table_is_a_superset(packing, place):
     needed = mask.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).any(3).any(1)
     assert not (needed & ~table).any()
     assert place is not None or table.sum() < 0.6 * table.numel()
-    assert torch.equal(tiles(block_mask.q_num_blocks, block_mask.q_indices), table.T)  # the backward pass reads columns
+    # the backward pass reads columns
+    assert torch.equal(tiles(block_mask.q_num_blocks, block_mask.q_indices), table.T)
 
 
 def tiles(counts, indices):
@@ -132,11 +144,11 @@ def tiles(counts, indices):
 
 
 def test_tile_table_by_hand():
-    """Tiles of two: text 0 1 | text 2 3 | group 0 | group 1 | groups 2, 3 | padding; queries are the groups."""
+    """Tiles of 2: text 0 1 | text 2 3 | group 0 | group 1 | groups 2, 3 | padding; groups query."""
     far = 2**30
     position = torch.tensor([[0, 1], [2, 3], [0, 0], [1, 1], [2, 3], [0, 0]])
     place = torch.tensor([[-1, -1], [-1, -1], [0, 1], [0, 1], [0, 0], [far, far]])
-    counts, indices = tile_table(position[2:5], place[2:5], position, place)
+    counts, indices = attention.tile_table(position[2:5], place[2:5], position, place)
     seen = [sorted(row[:n].tolist()) for row, n in zip(indices, counts, strict=True)]
     assert seen == [[0, 2], [0, 3], [0, 1, 4]]
 
@@ -149,14 +161,15 @@ def test_flex_is_dense_on_the_cpu(monkeypatch, place):
     for packing in (PACKINGS[1], PACKINGS[5] if place != 4 else PACKINGS[1]):
         docs, qkv = random_docs(packing), random_qkv(packing, place, dim=16, dtype=torch.float32)
         with torch.no_grad():
-            ours, reference = make_flex(packing, docs, place)(*qkv), dense(mask_of(packing, docs, place))(*qkv)
+            ours = make_flex(packing, docs, place)(*qkv)
+            reference = dense(mask_of(packing, docs, place))(*qkv)
         assert_same(ours, reference, qkv, 2e-6, gradients=False)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_one_flex_serves_every_batch_of_its_shape(monkeypatch):
-    """Tiles are shared, documents are each instance's own: two forwards of one shape may be alive at
-    once, as they are where a backward pass recomputes the first after the second has run."""
+    """Tiles are shared, documents are each instance's own: two forwards of one shape may be alive
+    at once, as they are where a backward pass recomputes the first after the second has run."""
     monkeypatch.setattr(attention, "compiled_flex", lambda: flex_attention)
     packing = PACKINGS[1]
     qkv = random_qkv(packing, None, dim=16, dtype=torch.float32)
@@ -165,7 +178,8 @@ def test_one_flex_serves_every_batch_of_its_shape(monkeypatch):
     assert forms[0].tiles is forms[1].tiles
     for flex, docs in zip(forms, documents, strict=True):
         with torch.no_grad():
-            assert_same(flex(*qkv), dense(mask_of(packing, docs, None))(*qkv), qkv, 2e-6, gradients=False)
+            expected = dense(mask_of(packing, docs, None))(*qkv)
+            assert_same(flex(*qkv), expected, qkv, 2e-6, gradients=False)
 
 
 def test_documents_of_a_batch_compile_nothing(monkeypatch):
@@ -200,23 +214,25 @@ def test_a_forward_in_inference_mode_spoils_nothing():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)],
+                         ids=["fp32", "bf16"])
 @pytest.mark.parametrize("place", [None, 0, 2], ids=name)
 @pytest.mark.parametrize("packing", TILED, ids=name)
 def test_flex_is_dense_on_cuda(packing, place, dtype, tolerance):
-    """Forward and backward of the compiled kernel against the dense mask in fp32, at Qwen2.5's group of 7."""
+    """The compiled kernel, forward and backward, against fp32's dense mask, at Qwen2.5's groups."""
     docs = random_docs(packing).cuda()
     qkv = random_qkv(packing, place, groups=7, dim=64, dtype=dtype, device="cuda")
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         wide = [x.detach().float().requires_grad_() for x in qkv]
-        ours, reference = at(packed_attention(packing, docs), place), dense(mask_of(packing, docs, place))
-        assert isinstance(ours, Flex)
-        ours, reference = ours(*qkv), reference(*wide)
+        attend = at(packed_attention(packing, docs), place)
+        assert isinstance(attend, Flex)
+        ours, reference = attend(*qkv), dense(mask_of(packing, docs, place))(*wide)
         cotangent = torch.randn(ours.shape, device="cuda").to(dtype)
-        pairs = [(ours, reference), *zip(torch.autograd.grad(ours, qkv, cotangent),
-                                         torch.autograd.grad(reference, wide, cotangent.float()), strict=True)]
+        pairs = [(ours, reference), *zip(
+            torch.autograd.grad(ours, qkv, cotangent),
+            torch.autograd.grad(reference, wide, cotangent.float()), strict=True)]
         for a, b in pairs:
             assert (a.float() - b).abs().max() <= tolerance * b.abs().max()
     finally:

@@ -1,6 +1,7 @@
 """Scores of a text against one naive forward per position; means, errors and table by hand."""
 
 import json
+import math
 import re
 
 import pytest
@@ -9,7 +10,16 @@ from torch import nn
 
 from nanoqstar import InputError
 from nanoqstar.attention import dense
-from nanoqstar.evaluate import TextScores, score_text, standard_error, summarize, table
+from nanoqstar.evaluate import (
+    TextScores,
+    line,
+    score_text,
+    shown,
+    standard_error,
+    summarize,
+    table,
+)
+from nanoqstar.head import weighted_log_probs
 
 A, T, K = 3, 14, 5
 CHOICES = (3, 5, 11, 20, 41)
@@ -119,15 +129,34 @@ def test_without_thoughts_both_columns_are_the_base(model, windows):
         "nll_base", "nll_mixed", "gain"}
 
 
-def test_a_mixing_weight_of_zero_gains_exactly_nothing_in_bf16(make_model, windows):
-    model = make_model().float()
+def test_a_mixing_weight_of_zero_gains_exactly_nothing(model, windows, monkeypatch):
+    """However products are rounded: here, otherwise in every row."""
+    def rounded(hidden, weight, targets, *rest, **options):
+        total, lp = weighted_log_probs(hidden, weight, targets, *rest, **options)
+        return total, lp + torch.arange(len(lp)) * 1e-7
+
+    monkeypatch.setattr("nanoqstar.evaluate.weighted_log_probs", rounded)
     with torch.no_grad():
         model.mixing_head[4].weight.zero_()
-    with torch.autocast("cpu", torch.bfloat16):
-        scores = score_text(model, *windows, K, A)
+    scores = score_text(model, *windows, K, A)
     assert not scores.mix.any()
     assert not scores.reward.any()
     assert torch.equal(scores.base_lp, scores.mixed_lp)
+
+
+def test_small_gains_survive_bf16(make_model, windows, make_thoughts):
+    """At mixing weights of about 1e-4, where rounding a mixed state to bf16 would leave noise."""
+    model, thoughts = make_model(), make_thoughts(5, 1, T, K - 2)
+    sampler = lambda *_: (thoughts, -thoughts / 7)  # noqa: E731
+    with torch.no_grad():
+        model.mixing_head[4].weight.mul_(1e-4)
+    exact = score_text(model, *windows, K, A, sampler=sampler)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = score_text(model.float(), *windows, K, A, sampler=sampler)
+    assert exact.mix.abs().mean() < 1e-3
+    for name in ("reward", "base_lp"):
+        both = torch.stack([getattr(s, name).double().flatten() for s in (exact, scores)])
+        assert both.corrcoef()[0, 1] > 0.98, name
 
 
 # ---- means
@@ -245,7 +274,7 @@ def test_nothing_to_score_is_an_input_error():
         summarize(scores_of(torch.ones(2, 3), torch.ones(2, 3), nothing))
 
 
-# ---- the table
+# ---- what is said
 
 
 SUMMARY = {"nll_base": 1.25, "nll_mixed": 1.0625, "gain": 0.1875, "gain_stderr": 0.0125,
@@ -282,3 +311,27 @@ def test_a_long_label_widens_the_table():
     assert lines[2] == "x" * 60 + "       1.0%      2.0%"
     assert lines[3].endswith("    1.2500    1.0625")
     assert len(lines[3]) == len(lines[2])
+
+
+def test_an_evaluation_in_a_line():
+    summary = SUMMARY | {"gain_hardest": 0.07}
+    assert line(40, summary, True) == (
+        "eval at 40: nll 1.250 -> 1.062 with thoughts, gain +0.1875 (hardest tenth +0.070)")
+    assert line(40, {"nll_base": 1.25, "nll_mixed": 1.25}, False) == "eval at 40: nll 1.250"
+
+
+def test_a_thought_is_shown_with_what_it_did():
+    """Position 20 of the second window: 16 characters up to it, its thought, the token after."""
+    class Letters:
+        def decode(self, ids, skip_special_tokens):
+            return "".join(chr(97 + i) for i in ids)
+
+    half = torch.full((2, 24), 0.5).log()
+    scores = scores_of(-half, torch.zeros(2, 24), half < 0)
+    scores.text = torch.stack((torch.zeros(26, dtype=torch.long), torch.arange(26)))
+    scores.base_lp, scores.mixed_lp = half.clone(), half.clone()
+    scores.base_lp[1, 20], scores.mixed_lp[1, 20] = math.log(0.25), math.log(0.75)
+    scores.thoughts = torch.zeros(2, 24, 2, dtype=torch.long)
+    scores.thoughts[1, 20] = torch.tensor([3, 4])
+    assert shown(scores, Letters(), 1, 20).strip() == (
+        "'fghijklmnopqrstu' thinks 'de', then 'v': p 0.25 -> 0.75")

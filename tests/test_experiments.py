@@ -1,92 +1,181 @@
-"""Tables over seeds: every run once, bases shared, intervals by hand."""
+"""Tables over seeds: every run once, bases shared, options that apply, intervals by hand."""
 
 import json
+from typing import get_args, get_type_hints
 
 import pytest
 
+import train
+from configs import PRESETS
 from nanoqstar import experiments
+from nanoqstar.files import LOCK, lock
+
+
+def option(command, name):
+    """The value of --name=value in a command, or None."""
+    return dict(o[2:].split("=", 1) for o in command if o.startswith("--")).get(name)
 
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """Stands in for train.py: notes every command and writes what a finished run leaves."""
+    """Stands in for train.py: reads every command and writes what a finished run leaves."""
     commands = []
-    (tmp_path / "train.py").write_text("")
     monkeypatch.chdir(tmp_path)
 
     def run(command, **_):
         commands.append(command)
-        out, seed = (command[command.index(o) + 1] for o in ("--out_dir", "--seed"))
-        folder = tmp_path / out
-        (folder / "base").mkdir(parents=True)
-        direct = {"n": 10, "accuracy_base": 0.1, "accuracy_mixed": 0.9 + 0.01 * int(seed), "nll_mixed": 0.5}
+        assert command[1].endswith("train.py")
+        _, cfg = train.read(command[2:])  # refuses what does not apply
+        folder = tmp_path / cfg.out_dir
+        assert not folder.exists() or not [*folder.iterdir()], "a run needs an empty folder"
+        if cfg.model_path is None and cfg.pretrain_steps:
+            (folder / "base").mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        direct = {"n": 10, "accuracy_base": 0.1, "accuracy_mixed": 0.9 + 0.01 * cfg.seed,
+                  "nll_mixed": 0.5}
         answers = {"direct": direct, "thoughts": {"worked": 0.8, "useful": 0.1}}
-        records = [{"kind": "eval", "nll_base": 1.0, "nll_mixed": 0.9, "gain": 0.1, "answers": answers},
-                   {"kind": "end"}]
+        records = [{"kind": "eval", "nll_base": 1.0, "nll_mixed": 0.9, "gain": 0.1,
+                    "answers": answers}, {"kind": "end"}]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
     monkeypatch.setattr(experiments.subprocess, "run", run)
     return commands
 
 
-def test_every_row_runs_once_on_its_seeds_base(runs, capsys, tmp_path):
-    experiments.main(["controls", "--seeds", "3", "--jobs", "1"])
+def call(*args):
+    return experiments.main([*args, "--jobs", "1"] if "--" not in args else list(args))
+
+
+def test_the_help_names_every_table(capsys):
+    names = get_args(get_type_hints(experiments.TableConfig)["name"])
+    assert names == tuple(experiments.TABLES)
+    assert experiments.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in names) and "--seeds" in printed
+
+
+def test_every_row_runs_once_on_its_seeds_base(runs, capsys):
+    assert call("controls", "--seeds", "3") == 0
     printed = capsys.readouterr().out
     assert len(runs) == 3 * len(experiments.CONTROLS) and "| thoughts, policy on | 3 |" in printed
     assert "91.0 ± 2.5" in printed  # 90, 91, 92: mean 91, t(2) 4.30 x 1 / sqrt(3) = 2.48
     main, others = runs[:3], runs[3:]
-    assert all("--model_path" not in c for c in main)
+    assert [option(c, "seed") for c in main] == ["0", "1", "2"]
+    assert all(option(c, "model_path") is None for c in main)
     for command in others:
-        base = command[command.index("--model_path") + 1]
-        assert base == f"out/experiments/tiny/main/seed-{command[command.index('--seed') + 1]}/base"
-    fixed = next(c for c in others if "--thoughts_from" in c and "\\n" in c)
-    assert fixed[fixed.index("--policy_weight") + 1] == "0"
-    experiments.main(["controls", "--seeds", "3", "--jobs", "1"])
+        base = f"out/experiments/tiny/main/seed-{option(command, 'seed')}/base"
+        assert option(command, "model_path") == base
+    fixed = next(c for c in others if option(c, "thoughts_from") == "\n")
+    assert option(fixed, "policy_weight") == "0.0"
+    assert call("controls", "--seeds", "3") == 0
     assert len(runs) == 3 * len(experiments.CONTROLS)  # nothing is repeated
 
 
+@pytest.mark.parametrize("table", experiments.TABLES)
+def test_every_row_is_a_command_that_train_py_takes(runs, table):
+    """From a base or without, and all that a row asks for is what the run gets."""
+    args = ["--data", "a folder"] if table == "text" else []
+    assert call(table, "--seeds", "1", *args) == 0
+    rows, preset = experiments.TABLES[table]
+    assert len(runs) == len(rows) and all(command[2] == preset for command in runs)
+    folders = {option(c, "out_dir") for c in runs}
+    assert len(folders) == len(rows)
+    for command in runs:
+        _, cfg = train.read(command[2:])
+        assert cfg.data == ("a folder" if args else "fold") and cfg.seed == 0
+        assert cfg.eval_every == (1_000_000 if "/main/" not in cfg.out_dir
+                                  else PRESETS[preset].config.eval_every)
+
+
+def test_overrides_go_to_the_rows_they_apply_to(runs):
+    """A new model's sizes to those that make one, a thought's settings to those that think."""
+    assert call("controls", "--seeds", "1", "--", "--hidden_size", "48", "--n_passes", "4",
+                "--start_init_text", "a\\n", "--fold_tokens", "5000", "--max_steps", "40",
+                "--threads", "2") == 0
+    main, *others = runs
+    assert option(main, "hidden_size") == "48" and option(main, "start_init_text") == "a\n"
+    for command in others:
+        thinks = option(command, "n_ahead") is None
+        assert option(command, "model_path") and option(command, "hidden_size") is None
+        assert option(command, "n_passes") == ("4" if thinks else None)
+        assert (option(command, "start_init_text") == "a\n") == thinks
+        assert option(command, "fold_tokens") == "5000" and option(command, "threads") == "2"
+
+
+def test_a_rows_own_settings_win(runs):
+    assert call("recipe", "--seeds", "1", "--", "--n_passes", "3") == 0
+    passes = [option(c, "n_passes") for c in runs]
+    assert passes.count("4") == 1 and passes.count("3") == len(runs) - 1
+
+
 def test_an_interrupted_run_starts_over_and_overrides_have_their_own_folder(runs, tmp_path):
-    experiments.main(["controls", "--seeds", "1", "--jobs", "1"])
-    n = len(runs)
-    metrics = tmp_path / "out/experiments/tiny/main/seed-0/metrics.jsonl"
+    call("controls", "--seeds", "1")
+    n, folder = len(runs), tmp_path / "out/experiments/tiny/main/seed-0"
+    metrics = folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines()[0])
-    experiments.main(["controls", "--seeds", "1", "--jobs", "1"])
-    assert len(runs) == n + 1
-    experiments.main(["controls", "--seeds", "1", "--jobs", "1", "--", "--max_steps", "40"])
-    assert len(runs) == 2 * n + 1 and all(c[c.index("--max_steps") + 1] for c in runs[n + 1:])
+    call("controls", "--seeds", "1")
+    assert len(runs) == n + 1 and (folder / "metrics.jsonl").exists()
+    call("controls", "--seeds", "1", "--", "--max_steps", "40")
+    assert len(runs) == 2 * n + 1
+    assert all(option(c, "max_steps") for c in runs[n + 1:])
+
+
+def test_a_run_that_is_still_going_on_is_left_alone(runs, tmp_path, capsys):
+    """As when the table was killed and its run was not."""
+    folder = tmp_path / "out/experiments/tiny/main/seed-0"
+    with lock(folder):
+        (folder / "metrics.jsonl").write_text("")
+        assert call("controls", "--seeds", "1") == 2
+        assert {p.name for p in folder.iterdir()} == {LOCK, "metrics.jsonl"}
+    output = capsys.readouterr()
+    assert "another process is writing" in output.out and "1 runs failed" in output.err
+    assert all("/main/" not in option(c, "out_dir") for c in runs)
+    assert call("controls", "--seeds", "1") == 0
+
+
+def test_two_tables_at_once_in_one_folder_are_refused(runs, tmp_path, capsys):
+    with lock(tmp_path / "out/experiments/tiny"):
+        assert call("controls", "--seeds", "1") == 2
+    assert "another process is writing out/experiments/tiny" in capsys.readouterr().err
+    assert not runs
 
 
 def test_rows_with_a_text_of_their_own_pretrain_their_own_base(runs):
-    experiments.main(["questions", "--seeds", "1", "--jobs", "1"])
-    own = [c for c in runs if any(o.startswith(("--fold_", "--pretrain_")) for o in c)]
-    assert own and all("--model_path" not in c for c in own)
+    call("questions", "--seeds", "1")
+    own = [c for c in runs if option(c, "fold_operands") or option(c, "fold_worked_frac")]
+    assert len(own) == 6 and all(option(c, "model_path") is None for c in own)
 
 
 def test_failed_runs_are_said(runs, monkeypatch, capsys):
     monkeypatch.setattr(experiments.subprocess, "run", lambda *a, **k: None)
-    with pytest.raises(SystemExit, match="7 runs failed"):
-        experiments.main(["controls", "--seeds", "1", "--jobs", "1"])
-    assert "failed, see" in capsys.readouterr().out
-
-
-def test_text_needs_data(runs):
-    with pytest.raises(SystemExit):
-        experiments.main(["text"])
-    experiments.main(["text", "--seeds", "2", "--jobs", "1", "--data", "somewhere"])
-    assert all(c[c.index("--data") + 1] == "somewhere" for c in runs) and len(runs) == 6
+    assert call("controls", "--seeds", "1") == 2
+    output = capsys.readouterr()
+    assert "failed, see" in output.out and "error: 7 runs failed" in output.err
 
 
 def test_matched_flops_by_hand(runs):
     """Packed tokens x 6 and rollout tokens x 2 of a thinking window, over 62 x 6 of a plain one."""
     packed, rollout = 63 + 62 * (1 + 2 * (4 + 2)), 63 + 62 + 62 * 2 * 3
     steps = round(40 * (packed * 6 + rollout * 2) / (62 * 6))
-    experiments.main(["controls", "--seeds", "1", "--jobs", "1", "--", "--max_steps", "40"])
-    last = [c[len(c) - 1 - c[::-1].index("--max_steps") + 1] for c in runs]
-    assert last.count("40") == 6 and last.count(str(steps)) == 1
+    call("controls", "--seeds", "1", "--", "--max_steps", "40")
+    asked = [option(c, "max_steps") for c in runs]
+    assert asked.count("40") == 6 and asked.count(str(steps)) == 1
 
 
-@pytest.mark.parametrize("args", [["controls", "--seeds", "0"], ["controls", "--seeds", "11"],
-                                  ["controls", "--", "--n_ahed", "3"]])
-def test_bad_arguments_are_refused(runs, args):
-    with pytest.raises(SystemExit, match="2"):
-        experiments.main(args)
-    assert not runs
+@pytest.mark.parametrize(("args", "sentence"), [
+    ([], "name must be given"),
+    (["contorls"], "'contorls' is not one of controls, recipe"),
+    (["controls", "--seeds", "0"], "--seeds: must be at least 1"),
+    (["controls", "--seeds", "11"], "--seeds: must be at most 10"),
+    (["text"], "the table text needs --data FOLDER"),
+    (["controls", "--data", "x"], "--data is for the table text only"),
+    (["controls", "--", "--n_ahed", "3"], "did you mean --n_ahead?"),
+    (["controls", "--", "--seed", "3"], "--seed is set by the table"),
+    (["controls", "--", "--out_dir", "x"], "--out_dir is set by the table"),
+    (["controls", "--", "--n_ahead", "0"], "the row 'policy weight 0: NLL terms only' does not go"),
+    (["controls", "--", "--tokenizer", "x"], "--tokenizer is for model_path only"),
+])
+def test_bad_arguments_are_refused_before_anything_runs(runs, tmp_path, capsys, args, sentence):
+    assert experiments.main(args) == 2
+    output = capsys.readouterr().err
+    assert sentence in output and output.startswith("error: ") and output.count("\n") == 1
+    assert not runs and not [*tmp_path.iterdir()]

@@ -274,7 +274,7 @@ def test_greedy_answers_are_read_off_what_is_written(scripted):
     def by_first_letter(problem):
         steps, a = fold.solve(problem, fold.latin_squares(0)), answer_to(problem)
         return {"a": f"{a}\n", "b": f"({problem}){a}\n", "c": f"({steps}){a}\n",
-                "d": f"{wrong(problem)}\n", "e": f"{a}", "f": f"({problem})\n",
+                "d": f"{wrong(problem)}\n", "e": f"({problem}a){a}", "f": f"({problem})\n",
                 "g": f"({problem}){wrong(problem)}\n"}[problem[0]]
 
     calls = scripted(by_first_letter, lambda problem: f"{wrong(problem)}\n")

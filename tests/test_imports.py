@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm"}
 GUARDED = {"pyarrow", "wandb"}  # optional extras, inside functions only
 ORDER = ["cli", "files", "device", "qwen2", "thoughts", "attention", "head", "objective", "quietstar",
-         "sampling", "evaluate", "flops", "dataset", "tokenizer", "hf", "runlog", "bench",
-         "experiments"]  # a module imports from those before it
+         "sampling", "evaluate", "flops", "dataset", "hub", "tokenizer", "weights", "hf",
+         "runlog", "bench", "experiments"]  # a module imports from those before it
 FILES = [*sorted((ROOT / "nanoqstar").glob("*.py")), *sorted((ROOT / "data").glob("*.py")),
          *(ROOT / name for name in ("train.py", "sample.py", "configs.py"))]
 

@@ -1,4 +1,4 @@
-"""The objective's pure functions against plain float64 log_softmax, autograd and hand arithmetic."""
+"""The objective's pure functions against plain float64 log_softmax, autograd and arithmetic."""
 
 import math
 
@@ -9,16 +9,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nanoqstar import head as room
+from nanoqstar import objective
 from nanoqstar.head import sample_tokens, weighted_log_probs
-from nanoqstar.objective import (Objective, States, Valid, advantage, language_model_loss,
-                                 quiet_star_loss)
+from nanoqstar.objective import Objective, States, Valid, advantage, quiet_star_loss
 
 BANNED = torch.zeros(11, dtype=torch.bool).index_fill(0, torch.tensor([0, 4, 10]), True)
-WEIGHTS = dict(base_weight=0.3, mixed_weight=0.7, policy_weight=2.0, clamp_advantage=True, reinforce_temperature=3.0)
+WEIGHTS = dict(base_weight=0.3, mixed_weight=0.7, policy_weight=2.0, clamp_advantage=True,
+               reinforce_temperature=3.0)
 
 
 def randn(*shape, seed=0, dtype=torch.float64, grad=True):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_(grad)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(grad)
 
 
 def randint(low, high, *shape, seed=0):
@@ -33,10 +35,10 @@ def log_probs_of(hidden, weight, targets, temperature=1.0, banned=None):
     return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 
-# ---- log-probs ------------------------------------------------------------------------------------------------------
+# ---- log-probs ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("chunk", [1, 30, 2**22], ids=["row by row", "two rows", "at once"])
-@pytest.mark.parametrize("temperature, banned", [(1.0, None), (3.0, None), (0.7, BANNED)])
+@pytest.mark.parametrize(("temperature", "banned"), [(1.0, None), (3.0, None), (0.7, BANNED)])
 def test_weighted_log_probs(monkeypatch, temperature, banned, chunk):
     monkeypatch.setattr(room, "CHUNK_LOGITS", {"cpu": chunk})
     hidden, weight, row_weights = randn(7, 5), randn(11, 5, seed=1), randn(7, seed=2, grad=False)
@@ -58,7 +60,8 @@ def test_one_gradient_without_the_other(needs):
     arguments = torch.tensor([1, 2, 3, 5]), torch.tensor([1.0, -2.0, 0.0, 0.5]).double()
     weighted_log_probs(hidden, weight, *arguments)[0].backward()
     wanted = (hidden, weight)[needs.index(True)]
-    (expected,) = torch.autograd.grad((arguments[1] * log_probs_of(hidden, weight, arguments[0])).sum(), wanted)
+    total = (arguments[1] * log_probs_of(hidden, weight, arguments[0])).sum()
+    (expected,) = torch.autograd.grad(total, wanted)
     torch.testing.assert_close(wanted.grad, expected, rtol=0, atol=1e-13)
 
 
@@ -83,28 +86,33 @@ def test_log_probs_without_gradient():
     with torch.no_grad():
         total, log_probs = weighted_log_probs(hidden, weight, targets, torch.ones(4))
     assert not total.requires_grad
-    torch.testing.assert_close(log_probs, log_probs_of(hidden, weight, targets).detach(), rtol=0, atol=1e-13)
+    expected = log_probs_of(hidden, weight, targets).detach()
+    torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-13)
 
 
 def test_no_rows():
     hidden, weight = randn(0, 5), randn(11, 5, seed=1)
-    total, log_probs = weighted_log_probs(hidden, weight, torch.zeros(0).long(), torch.zeros(0), 3.0, BANNED)
+    nothing = torch.zeros(0)
+    total, log_probs = weighted_log_probs(hidden, weight, nothing.long(), nothing, 3.0, BANNED)
     total.backward()
-    assert total == 0 and log_probs.shape == (0,) and hidden.grad.shape == (0, 5) and not weight.grad.any()
+    assert total == 0 and log_probs.shape == (0,) and hidden.grad.shape == (0, 5)
+    assert not weight.grad.any()
 
 
 def test_dtypes():
     """float64 stays float64; bf16 gives fp32 log-probs, and gradients in the inputs' own dtype."""
     f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
     for given, result in ((f64, f64), (f32, f32), (bf16, f32)):
-        hidden, weight = (randn(4, 5, dtype=torch.float32).to(given).detach().requires_grad_() for _ in range(2))
+        hidden, weight = (randn(4, 5, dtype=torch.float32).to(given).detach().requires_grad_()
+                          for _ in range(2))
         total, log_probs = weighted_log_probs(hidden, weight, torch.arange(4), torch.ones(4))
         total.backward()
-        assert total.dtype == log_probs.dtype == result and hidden.grad.dtype == weight.grad.dtype == given
+        assert total.dtype == log_probs.dtype == result
+        assert hidden.grad.dtype == weight.grad.dtype == given
 
 
 def test_bf16_autocast():
-    """Products in bf16, everything else in fp32: close to float64, and the gradients of fp32 tensors are fp32."""
+    """Products in bf16, the rest in fp32: close to float64; fp32 tensors have fp32 gradients."""
     hidden, weight = randn(64, 32, dtype=torch.float32), randn(50, 32, seed=1, dtype=torch.float32)
     targets, row_weights = randint(0, 50, 64), randn(64, seed=2, dtype=torch.float32, grad=False)
     with torch.autocast("cpu", torch.bfloat16):
@@ -119,7 +127,7 @@ def test_bf16_autocast():
 
 
 class AllocationRecorder(TorchDispatchMode):
-    """The largest tensor and the most bytes alive that torch makes meanwhile, beyond the storages of `known`."""
+    """The largest tensor and the most bytes alive that torch makes meanwhile, beyond `known`."""
 
     def __init__(self, known):
         super().__init__()
@@ -144,7 +152,8 @@ def test_the_recorder_sees_what_it_should():
         y = x.view(10, 100).T[:5] + 1  # 50 elements; views cost nothing
         del x
         torch.zeros(900)
-    assert recorder.largest == 1000 and recorder.peak == 4 * 1050 and sum(recorder.alive.values()) == 4 * 50 and y.any()
+    assert recorder.largest == 1000 and recorder.peak == 4 * 1050
+    assert sum(recorder.alive.values()) == 4 * 50 and y.any()
 
 
 @pytest.mark.parametrize("chunk", [None, 2**18], ids=["default chunks", "small chunks"])
@@ -153,8 +162,8 @@ def test_logits_of_the_whole_sequence_never_exist(monkeypatch, make_model, make_
     if chunk:
         monkeypatch.setattr(room, "CHUNK_LOGITS", {"cpu": chunk})
     vocab, batch, n_talk = 30_000, 2, 2
-    shape = dict(vocab_size=vocab, hidden_size=8, intermediate_size=16, head_dim=4, num_attention_heads=2,
-                 num_key_value_heads=1, num_hidden_layers=1)
+    shape = dict(vocab_size=vocab, hidden_size=8, intermediate_size=16, head_dim=4,
+                 num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
     model = make_model(**shape).float()
     text, docs = make_text(batch, 24 + n_talk, vocab)
     draws = torch.rand(batch, 3, 24, 2, generator=torch.Generator().manual_seed(3))
@@ -182,29 +191,32 @@ def test_compiled_chunks_are_the_same_and_compiled_once(monkeypatch):
     eager, generator = room.log_prob_chunk, torch.Generator().manual_seed(0)
     compiled = torch.compile(eager, backend="aot_eager")
     banned = torch.arange(31) == 5
-    for n_rows, temperature, ids in ((25, 1.0, None), (7, 3.0, banned), (12, 3.0, banned), (38, 1.0, None),
-                                     (9, 3.0, banned), (23, 1.0, None)):
+    for n_rows, temperature, ids in ((25, 1.0, None), (7, 3.0, banned), (12, 3.0, banned),
+                                     (38, 1.0, None), (9, 3.0, banned), (23, 1.0, None)):
         values = []
         for chunk in (eager, compiled):
             monkeypatch.setattr(room, "log_prob_chunk", chunk)
             generator.manual_seed(n_rows)
-            hidden, head, weights = (torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
-                                     for shape in ((n_rows, 4), (31, 4), (n_rows,)))
+            hidden, head, weights = (
+                torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+                for shape in ((n_rows, 4), (31, 4), (n_rows,)))
             targets = torch.randint(6, 31, (n_rows,), generator=generator)
-            total, log_probs = weighted_log_probs(hidden, head, targets, weights.detach(), temperature, ids)
+            total, log_probs = weighted_log_probs(
+                hidden, head, targets, weights.detach(), temperature, ids)
             values.append([total, log_probs, *torch.autograd.grad(total, (hidden, head))])
         for a, b in zip(*values, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
     assert counters["stats"]["unique_graphs"] <= 4
 
 
-# ---- which positions count ------------------------------------------------------------------------------------------
+# ---- which positions count ----------------------------------------------------------------------
 
 def test_valid_by_hand():
     """Two windows of T = 4, A = 2: a prediction across a document's end counts nowhere."""
     valid = Valid.from_docs(torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2, 2]]), 2)
     assert valid.base.int().tolist() == [[1, 1, 0, 1], [0, 1, 1, 0]]
-    assert valid.talk.int().tolist() == [[[1, 1], [1, 0], [0, 0], [1, 1]], [[0, 0], [1, 1], [1, 0], [0, 0]]]
+    assert valid.talk.int().tolist() == [
+        [[1, 1], [1, 0], [0, 0], [1, 1]], [[0, 0], [1, 1], [1, 0], [0, 0]]]
     assert valid.policy.int().tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
     assert valid.counts().tolist() == [5, 5, 3, 3]  # base; talk at lookahead 0, 1; policy
     one = Valid.from_docs(torch.tensor([[0, 0, 1], [3, 4, 4]]), 1)
@@ -212,22 +224,25 @@ def test_valid_by_hand():
     assert one.counts().tolist() == [2, 2, 2]
 
 
-# ---- advantage ------------------------------------------------------------------------------------------------------
+# ---- advantage ----------------------------------------------------------------------------------
 
 # by text, pass, position
 REWARD = torch.tensor([[[1.0, 2.0, 5.0], [3.0, -4.0, 5.0]], [[10.0, 0.0, 7.0], [20.0, 6.0, 1.0]]])
 
 
 def test_advantage_by_hand():
-    """The baseline is the mean of one text's passes, itself included; rows of texts and of passes all differ."""
+    """The baseline is the mean of one text's passes, itself included; all rows differ."""
     valid = torch.tensor([[True, True, True], [True, False, True]])
-    assert advantage(REWARD, valid, clamp=False).tolist() == [[[-1, 3, 0], [1, -3, 0]], [[-5, 0, 3], [5, 0, -3]]]
-    assert advantage(REWARD, valid, clamp=True).tolist() == [[[0, 3, 0], [1, 0, 0]], [[0, 0, 3], [5, 0, 0]]]
+    assert advantage(REWARD, valid, clamp=False).tolist() == [
+        [[-1, 3, 0], [1, -3, 0]], [[-5, 0, 3], [5, 0, -3]]]
+    assert advantage(REWARD, valid, clamp=True).tolist() == [
+        [[0, 3, 0], [1, 0, 0]], [[0, 0, 3], [5, 0, 0]]]
 
 
 def test_advantage_of_three_passes_by_hand():
     reward = torch.tensor([[[1.0], [2.0], [6.0]], [[0.0], [0.0], [-3.0]]])
-    assert advantage(reward, torch.ones(2, 1).bool(), clamp=True).tolist() == [[[0], [0], [3]], [[1], [1], [0]]]
+    assert advantage(reward, torch.ones(2, 1).bool(), clamp=True).tolist() == [
+        [[0], [0], [3]], [[1], [1], [0]]]
 
 
 def test_one_pass_has_no_baseline():
@@ -238,16 +253,16 @@ def test_one_pass_has_no_baseline():
 
 
 def test_normalized_advantage_by_hand():
-    """Divided by the root mean square over valid entries, before the clamp: here sqrt((1+1+9+9+25+25+9+9) / 10)."""
+    """Divided by the root mean square over valid entries, before the clamp."""
     valid = torch.tensor([[True, True, True], [True, False, True]])
-    unit = math.sqrt(88 / 10)
+    unit = math.sqrt((1 + 1 + 9 + 9 + 25 + 25 + 9 + 9) / 10)
     expected = torch.tensor([[[0, 3, 0], [1, 0, 0]], [[0, 0, 3], [5, 0, 0]]]) / unit
     torch.testing.assert_close(advantage(REWARD, valid, clamp=True, normalize=True), expected)
     nothing = advantage(REWARD, torch.zeros(2, 3).bool(), clamp=True, normalize=True)
     assert not nothing.any() and not nothing.isnan().any()
 
 
-# ---- the loss -------------------------------------------------------------------------------------------------------
+# ---- the loss -----------------------------------------------------------------------------------
 
 B, P, T, A, S, V, D = 2, 2, 4, 2, 2, 11, 5
 DOCS = torch.tensor([[0, 0, 0, 1, 1, 1], [2, 2, 2, 2, 2, 3]])
@@ -263,8 +278,8 @@ THOUGHTS = randint(1, 4, B, P, T, S, seed=8)  # none of them banned
 HEAD_SEED = 9
 
 
-def loss_by_definition(states, head, docs=DOCS, *, base_weight, mixed_weight, policy_weight, clamp_advantage,
-                       reinforce_temperature):
+def loss_by_definition(states, head, docs=DOCS, *, base_weight, mixed_weight, policy_weight,
+                       clamp_advantage, reinforce_temperature):
     """DESIGN section 2, one term at a time, over plain log_softmax."""
     def mean(terms):
         return sum(terms) / len(terms) if terms else torch.zeros(()).double()
@@ -272,11 +287,13 @@ def loss_by_definition(states, head, docs=DOCS, *, base_weight, mixed_weight, po
     def nll(hidden, target):
         return -(hidden @ head.T).log_softmax(-1)[target]
 
-    nll_base = [[nll(states.base[b, i], TEXT[b, i + 1]) for i in range(T + A - 1)] for b in range(B)]
-    nll_mixed = [[[[nll(states.mixed[b, p, i, j], TEXT[b, i + 1 + j]) for j in range(A)] for i in range(T)]
-                  for p in range(P)] for b in range(B)]
-    reward = torch.tensor([[[sum((nll_base[b][i + j] - nll_mixed[b][p][i][j]).item() for j in range(A))
-                             for i in range(T)] for p in range(P)] for b in range(B)], dtype=torch.float64)
+    nll_base = [[nll(states.base[b, i], TEXT[b, i + 1]) for i in range(T + A - 1)]
+                for b in range(B)]
+    nll_mixed = [[[[nll(states.mixed[b, p, i, j], TEXT[b, i + 1 + j]) for j in range(A)]
+                   for i in range(T)] for p in range(P)] for b in range(B)]
+    reward = torch.tensor(
+        [[[sum((nll_base[b][i + j] - nll_mixed[b][p][i][j]).item() for j in range(A))
+           for i in range(T)] for p in range(P)] for b in range(B)], dtype=torch.float64)
 
     def same(b, i, j):
         return docs[b, i] == docs[b, i + 1 + j]
@@ -289,12 +306,12 @@ def loss_by_definition(states, head, docs=DOCS, *, base_weight, mixed_weight, po
                     adv = reward[b, p, i] - reward[b, :, i].mean() if P > 1 else reward[b, p, i]
                     adv = adv.clamp(min=0) if clamp_advantage else adv
                     for k in range(S):
-                        logits = (states.thought[b, p, i, k] @ head.T / reinforce_temperature)
-                        log_pi = logits.masked_fill(BANNED, -math.inf).log_softmax(-1)[THOUGHTS[b, p, i, k]]
-                        policy.append(-adv * log_pi)
+                        logits = states.thought[b, p, i, k] @ head.T / reinforce_temperature
+                        log_pi = logits.masked_fill(BANNED, -math.inf).log_softmax(-1)
+                        policy.append(-adv * log_pi[THOUGHTS[b, p, i, k]])
     base = mean([nll_base[b][i] for b in range(B) for i in range(T) if same(b, i, 0)])
-    mixed = sum(mean([nll_mixed[b][p][i][j] for b in range(B) for p in range(P) for i in range(T) if same(b, i, j)])
-                for j in range(A)) / A
+    mixed = sum(mean([nll_mixed[b][p][i][j] for b in range(B) for p in range(P) for i in range(T)
+                      if same(b, i, j)]) for j in range(A)) / A
     policy = mean(policy)
     return base_weight * base + mixed_weight * mixed + policy_weight * policy, dict(
         nll_base=base, nll_talk=mixed, policy=policy, reward=reward)
@@ -308,8 +325,9 @@ def our_loss(states, head, docs=DOCS, **kwargs):
 
 
 @pytest.mark.parametrize("chunk", [1, 2**22])
-@pytest.mark.parametrize("change", [{}, dict(clamp_advantage=False), dict(policy_weight=1e6), dict(policy_weight=0.0),
-                                    dict(base_weight=0.0), dict(reinforce_temperature=1.0)], ids=str)
+@pytest.mark.parametrize("change", [
+    {}, dict(clamp_advantage=False), dict(policy_weight=1e6), dict(policy_weight=0.0),
+    dict(base_weight=0.0), dict(reinforce_temperature=1.0)], ids=str)
 def test_loss_and_gradients_by_definition(monkeypatch, change, chunk):
     """Rewards are constants: the oracle takes them as numbers."""
     monkeypatch.setattr(room, "CHUNK_LOGITS", {"cpu": chunk})
@@ -319,7 +337,7 @@ def test_loss_and_gradients_by_definition(monkeypatch, change, chunk):
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for name, term in terms.items():
         assert not parts[name].requires_grad
-        if name != "policy" or (WEIGHTS | change)["policy_weight"]:  # at weight 0 it is not even computed
+        if name != "policy" or (WEIGHTS | change)["policy_weight"]:  # at weight 0 not even computed
             torch.testing.assert_close(parts[name], term.detach(), rtol=1e-12, atol=1e-12)
     leaves = (states.base, states.mixed, states.thought, head)
     for a, b in zip(*(torch.autograd.grad(x, leaves, allow_unused=True, materialize_grads=True)
@@ -328,7 +346,7 @@ def test_loss_and_gradients_by_definition(monkeypatch, change, chunk):
 
 
 def test_an_empty_mean_is_zero():
-    """Every token a document of its own: no valid prediction at all, loss and gradients 0 and not NaN."""
+    """Every token a document of its own: no valid prediction, loss and gradients 0 and not NaN."""
     states, head = random_states(), randn(V, D, seed=HEAD_SEED)
     loss, parts = our_loss(states, head, torch.arange(B * (T + A)).view(B, -1))
     loss.backward()
@@ -337,10 +355,12 @@ def test_an_empty_mean_is_zero():
 
 
 def test_only_the_longest_lookahead_empty():
-    """Documents of two tokens: x_{i+1} counts here and there, x_{i+2} nowhere, and no thought has a whole reward."""
-    states, head, docs = random_states(), randn(V, D, seed=HEAD_SEED), (torch.arange(T + A) // 2).expand(B, -1)
+    """Documents of two tokens: x_{i+1} counts here and there, x_{i+2} and rewards nowhere."""
+    states, head = random_states(), randn(V, D, seed=HEAD_SEED)
+    docs = (torch.arange(T + A) // 2).expand(B, -1)
     loss, _ = our_loss(states, head, docs)
-    torch.testing.assert_close(loss, loss_by_definition(states, head, docs, **WEIGHTS)[0], rtol=1e-12, atol=0)
+    expected, _ = loss_by_definition(states, head, docs, **WEIGHTS)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     loss.backward()
     assert states.mixed.grad[..., 0, :].any() and not states.mixed.grad[..., 1, :].any()
     assert not states.thought.grad.any()
@@ -357,7 +377,7 @@ def test_the_policy_gradient_reaches_every_sampled_token():
 
 
 def test_likelier_good_thoughts_lower_the_loss():
-    """And likelier bad ones raise it, where the clamp lets them count; rewards do not move with the thoughts."""
+    """And likelier bad ones raise it, where the clamp lets them count; rewards do not move."""
     states, head = random_states(), randn(V, D, seed=HEAD_SEED)
     weights = dict(base_weight=0.0, mixed_weight=0.0, clamp_advantage=False)
     before, parts = our_loss(states, head, **weights)
@@ -367,7 +387,8 @@ def test_likelier_good_thoughts_lower_the_loss():
         for k in range(S):
             moved = states.thought.detach().clone()
             moved[b, p, i, k] += 0.01 * uphill[b, p, i, k]
-            after, _ = our_loss(States(states.base, moved, states.mixed, states.mix), head, **weights)
+            states_after = States(states.base, moved, states.mixed, states.mix)
+            after, _ = our_loss(states_after, head, **weights)
             assert (after < before) == (parts["advantage"][b, p, i] > 0)
 
 
@@ -376,7 +397,8 @@ def test_counts_of_a_larger_update_divide():
     states, head, valid = random_states(), randn(V, D, seed=HEAD_SEED), Valid.from_docs(DOCS, A)
     arguments = states, head, TEXT, THOUGHTS, valid
     alone, twice = (
-        quiet_star_loss(*arguments, n * valid.counts(), Objective(**WEIGHTS), BANNED)[0] for n in (1, 2))
+        quiet_star_loss(*arguments, n * valid.counts(), Objective(**WEIGHTS), BANNED)[0]
+        for n in (1, 2))
     torch.testing.assert_close(twice, alone / 2, rtol=1e-13, atol=0)
 
 
@@ -392,28 +414,30 @@ def test_an_impossible_target_without_weight_counts_nothing():
 
 
 def test_language_model_loss():
-    """Continued pre-training: the mean over predictions inside a document, the rest of the window unused."""
+    """Continued pre-training: the mean over predictions inside a document of the window's T."""
     hidden, head = randn(B, T, D), randn(V, D, seed=1)
     count = Valid.from_docs(DOCS, A).counts()[0]
-    loss = language_model_loss(hidden, head, TEXT, DOCS, count)
+    loss = objective.language_model_loss(hidden, head, TEXT, DOCS, count)
     log_probs = log_probs_of(hidden, head, TEXT[:, 1:T + 1])
     inside = DOCS[:, :T] == DOCS[:, 1:T + 1]
     expected = -log_probs[inside].mean()
     assert 0 < inside.sum() < B * T
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
-    for a, b in zip(*(torch.autograd.grad(x, (hidden, head)) for x in (loss, expected)), strict=True):
+    ours, theirs = (torch.autograd.grad(x, (hidden, head)) for x in (loss, expected))
+    for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
-    empty = language_model_loss(hidden, head, TEXT, torch.arange(T + A).expand(B, -1), torch.tensor(0))
-    assert empty == 0
+    alone = torch.arange(T + A).expand(B, -1)
+    assert objective.language_model_loss(hidden, head, TEXT, alone, torch.tensor(0)) == 0
 
 
-# ---- sampling -------------------------------------------------------------------------------------------------------
+# ---- sampling -----------------------------------------------------------------------------------
 
 GRID = (torch.arange(100_000).double() + 0.5) / 100_000
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
 
 
-@pytest.mark.parametrize("temperature, banned", [(1.0, None), (1.0, BANNED), (2.5, BANNED), (0.3, None)])
+@pytest.mark.parametrize(("temperature", "banned"),
+                         [(1.0, None), (1.0, BANNED), (2.5, BANNED), (0.3, None)])
 @pytest.mark.parametrize("chunk", [1, 2**22])
 def test_samples_have_the_exact_distribution(monkeypatch, temperature, banned, chunk):
     """Evenly spaced uniform numbers hit every id as often as its probability says."""
@@ -432,12 +456,14 @@ def test_samples_have_the_exact_distribution(monkeypatch, temperature, banned, c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("draws_in", [torch.float32, torch.float64])
 def test_impossible_ids_are_never_sampled(dtype, draws_in):
-    """Banned ids and ids of vanishing probability at both ends and in between, at the ends of [0, 1)."""
-    hidden, weight = (randn(*shape, seed=seed, grad=False).to(dtype) for shape, seed in (((200, 5), 0), ((50, 5), 1)))
+    """Banned and vanishing ids at both ends and in between, at the ends of [0, 1)."""
+    hidden, weight = (randn(n, 5, seed=seed, grad=False).to(dtype)
+                      for n, seed in ((200, 0), (50, 1)))
     weight[[1, 2, 25, 47, 48]] *= 1e4  # one sign of them has probability 0, the other all
     banned = torch.zeros(50, dtype=torch.bool).index_fill(0, torch.tensor([0, 1, 24, 48, 49]), True)
-    for forbidden in (banned, ~torch.zeros(50, dtype=torch.bool).index_fill(0, torch.tensor([24]), True)):
-        draws = torch.tensor([0.0, 2**-25, 0.5, BELOW_ONE - 2**-24, BELOW_ONE, 1 - 2**-53], dtype=torch.float64)
+    for forbidden in (banned, torch.arange(50) != 24):
+        draws = torch.tensor([0.0, 2**-25, 0.5, BELOW_ONE - 2**-24, BELOW_ONE, 1 - 2**-53],
+                             dtype=torch.float64)
         if draws_in == torch.float32:
             draws = draws[:-1].float()
         ids, log_probs = sample_tokens(hidden, weight, draws.expand(200, -1), 1.0, forbidden)
@@ -446,7 +472,7 @@ def test_impossible_ids_are_never_sampled(dtype, draws_in):
 
 
 def test_a_single_long_flat_distribution_stays_inside():
-    """Rounding of a cumulative sum over many ids: the last numbers below 1 still give an id that exists."""
+    """Rounding of a sum over many ids: the last numbers below 1 still give an id that exists."""
     hidden, weight = torch.ones(1, 1), torch.zeros(100_003, 1)
     banned = torch.zeros(100_003, dtype=torch.bool)
     banned[-3:] = banned[:3] = True

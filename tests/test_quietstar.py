@@ -1,27 +1,29 @@
-"""Rollout and packed score against the staged oracle; who influences whom, by gradients; exactness across batches."""
+"""Rollout and packed score against the staged oracle; who influences whom; exactness of batches."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from staged import StagedConfig, staged_step
 
-from nanoqstar.head import weighted_log_probs
 from nanoqstar import attention, head, quietstar
 from nanoqstar.attention import Flex, TwoPart, dense
 from nanoqstar.device import speed_up
+from nanoqstar.head import weighted_log_probs
 from nanoqstar.objective import Objective, Valid, quiet_star_loss
 from nanoqstar.quietstar import QuietStar, uniforms
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 from nanoqstar.thoughts import ThoughtLayout
-from staged import StagedConfig, staged_step
 
-LOSS = dict(base_weight=0.5, mixed_weight=0.5, policy_weight=5.0, clamp_advantage=True, reinforce_temperature=3.0)
+LOSS = dict(base_weight=0.5, mixed_weight=0.5, policy_weight=5.0, clamp_advantage=True,
+            reinforce_temperature=3.0)
 
 
 def our_loss(model, text, docs, thoughts, counts=None, **kwargs):
     """Loss and its parts, and the states they are made of."""
-    states, valid = model.score(text, docs, thoughts), Valid.from_docs(docs, text.shape[1] - thoughts.shape[2])
+    states = model.score(text, docs, thoughts)
+    valid = Valid.from_docs(docs, text.shape[1] - thoughts.shape[2])
     loss, stats, outcome = quiet_star_loss(states, model.lm.head_weight, text, thoughts, valid,
                                            valid.counts() if counts is None else counts,
                                            Objective(**LOSS | kwargs), model.banned)
@@ -42,68 +44,76 @@ def assert_gradients_close(ours, reference, tolerance=1e-10):
 
 
 def staged(model, text, docs, **kwargs):
-    """The independent one-forward-per-token implementation on the same weights, and those weights."""
+    """The independent implementation, a forward per token, on the same weights; those weights."""
     config = {name: getattr(model.lm.config, name) for name in StagedConfig.__dataclass_fields__}
-    params = {name.removeprefix("lm."): p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    params = {name.removeprefix("lm."): p.detach().clone().requires_grad_()
+              for name, p in model.named_parameters()}
     banned = set(model.banned.nonzero()[:, 0].tolist())
     kwargs = dict(banned_ids=banned, policy_weight=LOSS["policy_weight"]) | kwargs
     return staged_step(params, StagedConfig(**config), text, docs, **kwargs), params
 
 
-# ---- packed equals staged -------------------------------------------------------------------------------------------
+# ---- packed equals staged -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("K, A, P, T", [(K, A, P, T) for K in (3, 5) for A in (1, 3) for P, T in ((1, 18), (2, 7))])
+@pytest.mark.parametrize(("K", "A"), [(3, 1), (3, 3), (5, 1), (5, 3)])
+@pytest.mark.parametrize(("P", "T"), [(1, 18), (2, 7)])
 def test_packed_is_staged(make_model, make_text, make_thoughts, tied, K, A, P, T):
     """Qwen2 with biases, several documents in a window: every number and every gradient."""
     model, (text, docs) = make_model(tied), make_text(3, T + A)
     thoughts = make_thoughts(3, P, T, K - 2, vocab=60)
     thoughts[thoughts == 7] = 8  # a banned id has log-prob -inf
-    clamp = dict(clamp_advantage=P > 1)  # one pass has no baseline: all its rewards might be negative
+    clamp = dict(clamp_advantage=P > 1)  # one pass has no baseline: all rewards might be negative
     loss, parts, states = our_loss(model, text, docs, thoughts, **clamp)
-    theirs, params = staged(model, text, docs, n_ahead=K, n_ahead_talk=A, n_passes=P, thoughts=thoughts, **clamp)
-    _, thought_lp = weighted_log_probs(states.thought.detach().flatten(0, 3), model.lm.head_weight.detach(),
-                                       thoughts.flatten(), torch.zeros(thoughts.numel()), 3.0, model.banned)
+    theirs, params = staged(model, text, docs, n_ahead=K, n_ahead_talk=A, n_passes=P,
+                            thoughts=thoughts, **clamp)
+    _, thought_lp = weighted_log_probs(
+        states.thought.detach().flatten(0, 3), model.lm.head_weight.detach(), thoughts.flatten(),
+        torch.zeros(thoughts.numel()), 3.0, model.banned)
     for ours, reference in (
             (-parts["base_lp"][:, None].expand(-1, P, -1), theirs["nll_base"]),
-            (-parts["mixed_lp"], theirs["nll_mixed"]), (states.mix, theirs["mix"]), (parts["reward"], theirs["reward"]),
-            (thought_lp.view(thoughts.shape), theirs["thought_lp"]), (parts["policy"], theirs["policy_loss"]),
-            (0.5 * (parts["nll_base"] + parts["nll_talk"]), theirs["nll_loss"]), (loss, theirs["loss"])):
+            (-parts["mixed_lp"], theirs["nll_mixed"]), (states.mix, theirs["mix"]),
+            (parts["reward"], theirs["reward"]), (parts["policy"], theirs["policy_loss"]),
+            (thought_lp.view(thoughts.shape), theirs["thought_lp"]), (loss, theirs["loss"]),
+            (0.5 * (parts["nll_base"] + parts["nll_talk"]), theirs["nll_loss"])):
         torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
     assert parts["policy"].abs() > 1e-3  # or there would be nothing to compare
     theirs["loss"].backward()
-    assert_gradients_close({name.removeprefix("lm."): g for name, g in gradients(model, loss).items()},
-                           {name: p.grad for name, p in params.items()})
+    ours = {name.removeprefix("lm."): g for name, g in gradients(model, loss).items()}
+    assert_gradients_close(ours, {name: p.grad for name, p in params.items()})
 
 
-@pytest.mark.parametrize("K, A, P", [(3, 1, 2), (5, 3, 2), (4, 2, 1)])
+@pytest.mark.parametrize(("K", "A", "P"), [(3, 1, 2), (5, 3, 2), (4, 2, 1)])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_rollout_is_staged_sampling(make_model, make_text, tied, K, A, P, temperature):
-    """The same uniform numbers give the same thoughts and log-probs; a forced forward then agrees with the sampling."""
+    """The same uniforms give the same thoughts and log-probs; a forced forward then agrees."""
     T = 17
     model, (text, docs) = make_model(tied, thought_temperature=temperature), make_text(3, T + A)
-    draws = torch.rand(3, P, T, K - 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(4)
+    draws = torch.rand(3, P, T, K - 2, generator=generator, dtype=torch.float64)
     thoughts, log_probs = model.rollout(text, docs, draws)
     theirs, _ = staged(model, text, docs, n_ahead=K, n_ahead_talk=A, n_passes=P, uniforms=draws,
                        thought_temperature=temperature, reinforce_temperature=temperature)
     assert torch.equal(thoughts, theirs["thoughts"]) and len(thoughts.unique()) > 20
     torch.testing.assert_close(log_probs, theirs["thought_lp"], rtol=0, atol=1e-11)
     states = model.score(text, docs, thoughts)
-    _, forced = weighted_log_probs(states.thought.flatten(0, 3), model.lm.head_weight, thoughts.flatten(),
-                                   torch.zeros(thoughts.numel()), temperature, model.banned)
+    _, forced = weighted_log_probs(
+        states.thought.flatten(0, 3), model.lm.head_weight, thoughts.flatten(),
+        torch.zeros(thoughts.numel()), temperature, model.banned)
     torch.testing.assert_close(forced.view(thoughts.shape), log_probs, rtol=0, atol=1e-11)
 
 
 def test_rollout_keeps_no_graph_and_banned_ids_out(make_model, make_text):
     model, (text, docs) = make_model(banned=range(0, 61, 2)), make_text(2, 11)
-    thoughts, log_probs = model.rollout(text, docs, torch.rand(2, 3, 9, 2, generator=torch.Generator().manual_seed(5)))
+    draws = torch.rand(2, 3, 9, 2, generator=torch.Generator().manual_seed(5))
+    thoughts, log_probs = model.rollout(text, docs, draws)
     assert (thoughts % 2 == 1).all() and not log_probs.requires_grad and (log_probs < 0).all()
 
 
-# ---- one update, however it is cut ----------------------------------------------------------------------------------
+# ---- one update, however it is cut --------------------------------------------------------------
 
 @pytest.mark.parametrize("cuts", [[1, 1, 1, 1], [3, 1], [2, 2]], ids=str)
 def test_gradient_accumulation_is_one_big_batch(make_model, make_text, cuts):
-    """Micro-batches whose windows hold different numbers of valid positions; counts are those of the update."""
+    """Micro-batches whose windows differ in their valid positions; counts are the update's."""
     K, A, P, T = 4, 2, 2, 8
     model, (text, docs) = make_model(), make_text(4, T + A)
     draws = uniforms(0, "think", 5, range(4), (P, T, K - 2))
@@ -129,7 +139,8 @@ def test_thoughts_do_not_depend_on_the_micro_batch(make_model, make_text):
     index = torch.tensor([100, 101, 102, 103])
 
     def sample(rows):
-        return model.rollout(text[rows], docs[rows], uniforms(7, "think", 3, index[rows], (2, 10, 3)))[0]
+        draws = uniforms(7, "think", 3, index[rows], (2, 10, 3))
+        return model.rollout(text[rows], docs[rows], draws)[0]
 
     together = sample([0, 1, 2, 3])
     for rows in ([0], [3], [2, 1], [3, 0, 2]):
@@ -138,7 +149,8 @@ def test_thoughts_do_not_depend_on_the_micro_batch(make_model, make_text):
 
 def test_uniforms_are_a_function_of_their_arguments():
     draws = uniforms(1, "think", 2, [3, 4, 2**31], (2, 5, 3))
-    assert draws.dtype == torch.float32 and draws.shape == (3, 2, 5, 3) and draws.min() >= 0 and draws.max() < 1
+    assert draws.dtype == torch.float32 and draws.shape == (3, 2, 5, 3)
+    assert draws.min() >= 0 and draws.max() < 1
     np.random.seed(0)
     torch.manual_seed(0)
     assert torch.equal(draws, uniforms(1, "think", 2, torch.tensor([3, 4, 2**31]), (2, 5, 3)))
@@ -146,7 +158,8 @@ def test_uniforms_are_a_function_of_their_arguments():
     others = [uniforms(*arguments, (2, 5, 3))[0] for arguments in (
         (0, "think", 2, [3]), (1, "think", 3, [3]), (1, "think", 2, [5]), (2, "think", 1, [3]),
         (1, "text", 2, [3]), (1, "eval", 2, [3]), (2**33 + 1, "think", 2, [3]))]
-    assert torch.stack([draws[0], draws[1], *others]).flatten().unique().numel() == 9 * 30  # no two streams alike
+    # no two streams alike
+    assert torch.stack([draws[0], draws[1], *others]).flatten().unique().numel() == 9 * 30
 
 
 def test_uniforms_begin_alike_whatever_the_shape():
@@ -162,10 +175,10 @@ def test_uniforms_are_uniform():
     assert abs(draws.mean() - 0.5) < 0.01 and (share - 0.05).abs().max() < 0.01
 
 
-# ---- who influences whom (SEMANTICS J) ------------------------------------------------------------------------------
+# ---- who influences whom (SEMANTICS J) ----------------------------------------------------------
 
 def test_thoughts_see_the_text_from_its_first_token(make_model, make_text, make_thoughts):
-    """Another x_0 moves the hidden states of the thoughts at every later position of its document, and of no other."""
+    """Another x_0 moves the states of the thoughts at all positions of its document, no other's."""
     K, A, T = 4, 2, 9
     model, (text, docs) = make_model(), make_text(2, T + A)
     docs[1] = torch.tensor([5] * 4 + [6] * 7)
@@ -180,7 +193,7 @@ def test_thoughts_see_the_text_from_its_first_token(make_model, make_text, make_
 
 
 def test_a_thought_token_moves_what_comes_after_it(make_model, make_text, make_thoughts):
-    """Its own thought's later and mixed states; nothing of other passes, positions or texts, nor the base."""
+    """Its own thought's later and mixed states; no other pass, position or text, nor the base."""
     model, (text, docs) = make_model(), make_text(2, 9)
     thoughts = make_thoughts(2, 3, 7, 3)
     changed = thoughts.clone()
@@ -197,9 +210,10 @@ def test_a_thought_token_moves_what_comes_after_it(make_model, make_text, make_t
 
 
 def test_gradients_show_no_leak(make_model, make_text, make_thoughts, monkeypatch):
-    """Of each hidden state, which input embeddings have a gradient at all: exactly those the design allows.
+    """Of each hidden state, which input embeddings have a gradient: exactly those they should.
 
-    In particular none for x_{i+1+j}, which mixed[i, j] predicts, nor for other positions' or other passes' thoughts.
+    In particular none for x_{i+1+j}, which mixed[i, j] predicts, nor for other positions' or other
+    passes' thoughts.
     """
     B, P, T, K, A = 2, 2, 5, 4, 2
     S, layout = K - 2, ThoughtLayout(K, A, P, T)
@@ -216,7 +230,7 @@ def test_gradients_show_no_leak(make_model, make_text, make_thoughts, monkeypatc
         return (gradient[b] != 0).any(-1)
 
     def allowed(b, text_of=(), branch_of=None, n_branch=0):
-        """Text of these positions' documents up to them; the first n_branch tokens of branch (i, p), end excepted."""
+        """Their documents up to these positions; branch (i, p)'s first n_branch tokens but end."""
         mask = torch.zeros(1, layout.packing.n_packed, dtype=torch.bool)
         base, _, branches = layout.packing.split(mask)  # views
         for i in text_of:
@@ -233,17 +247,20 @@ def test_gradients_show_no_leak(make_model, make_text, make_thoughts, monkeypatc
         for i in range(T):
             for p in range(P):
                 for k in range(S):
-                    assert torch.equal(reached(states.thought[b, p, i, k], b), allowed(b, [i], (i, p), k))
+                    seen = reached(states.thought[b, p, i, k], b)
+                    assert torch.equal(seen, allowed(b, [i], (i, p), k))
                 for j in range(A):
-                    assert torch.equal(reached(states.mixed[b, p, i, j], b), allowed(b, [i, i + j], (i, p), S + 1 + j))
+                    seen = reached(states.mixed[b, p, i, j], b)
+                    assert torch.equal(seen, allowed(b, [i, i + j], (i, p), S + 1 + j))
 
 
-# ---- no label leaks: i.i.d. tokens ----------------------------------------------------------------------------------
+# ---- no label leaks: i.i.d. tokens --------------------------------------------------------------
 
 def train_on_noise(steps=60, vocab=13):
-    """Base and mixed NLL (by lookahead) on fresh uniform tokens, after training on fresh uniform tokens."""
-    config = Qwen2Config(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=64)
+    """Base and mixed NLL (by lookahead) on fresh uniform tokens, after training on such tokens."""
+    config = Qwen2Config(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=64)
     K, A, P, T = 3, 2, 2, 8
     model = QuietStar(Qwen2(config))
     model.lm.init_weights(std=0.15, embedding_std=0.3)
@@ -256,7 +273,8 @@ def train_on_noise(steps=60, vocab=13):
     def batch(size, step):
         text = torch.randint(vocab, (size, T + A), generator=generator)
         docs = torch.zeros_like(text)
-        thoughts, _ = model.rollout(text, docs, uniforms(0, "think", step, range(size), (P, T, K - 2)))
+        draws = uniforms(0, "think", step, range(size), (P, T, K - 2))
+        thoughts, _ = model.rollout(text, docs, draws)
         return text, docs, thoughts
 
     for step in range(steps):
@@ -268,39 +286,42 @@ def train_on_noise(steps=60, vocab=13):
             group["lr"] = 2e-2 * (1 - step / steps)
     with torch.no_grad():
         _, parts, _ = our_loss(model, *batch(256, steps))
-    return -parts["base_lp"].mean().item(), [-x.item() for x in parts["mixed_lp"].mean((0, 1, 2))], math.log(vocab)
+    mixed = [-x.item() for x in parts["mixed_lp"].mean((0, 1, 2))]
+    return -parts["base_lp"].mean().item(), mixed, math.log(vocab)
 
 
 def test_noise_cannot_be_predicted():
-    """Uniform random tokens never score below ln V, with thoughts or without, however one trains."""
+    """Uniform tokens never score below ln V, with thoughts or without, however one trains."""
     base, mixed, floor = train_on_noise()
     assert floor - 0.02 < base < floor + 0.3 and all(floor - 0.02 < x < floor + 0.3 for x in mixed)
 
 
 def test_noise_reveals_a_leak(monkeypatch):
-    """The same run with the lookahead moved on by one token, so that it holds its own targets: far below ln V."""
+    """The lookahead moved on by a token, so that it holds its own targets: far below ln V."""
     right = ThoughtLayout.pack
 
     def pack(self, text, thoughts):
         ids, is_start, is_end = right(self, text, thoughts)
-        self.packing.split(ids)[2][..., -1] = text[:, None, 2:]  # a view: x_{i+2} where x_{i+1} belongs
+        # a view: x_{i+2} where x_{i+1} belongs
+        self.packing.split(ids)[2][..., -1] = text[:, None, 2:]
         return ids, is_start, is_end
     monkeypatch.setattr(ThoughtLayout, "pack", pack)
     _, mixed, floor = train_on_noise()
     assert mixed[1] < floor - 0.2
 
 
-# ---- where training starts ------------------------------------------------------------------------------------------
+# ---- where training starts ----------------------------------------------------------------------
 
 def test_a_zero_mixing_head_is_the_base_model(make_model, make_text, make_thoughts, tied):
-    """Mixed equals base, rewards are 0, and of what thinking adds only the last mixing layer learns."""
+    """Mixed equals base, rewards are 0, and of what thinking adds only the last layer learns."""
     K, A, P, T = 4, 3, 2, 8
     model, (text, docs) = make_model(tied), make_text(2, T + A)
     model.init_thoughts([1, 2], [3])
     thoughts = make_thoughts(2, P, T, K - 2, vocab=7)
     loss, parts, states = our_loss(model, text, docs, thoughts)
     assert not states.mix.any()
-    assert torch.equal(states.mixed, states.base.unfold(1, A, 1).movedim(-1, 2)[:, None].expand_as(states.mixed))
+    base_ahead = states.base.unfold(1, A, 1).movedim(-1, 2)[:, None]
+    assert torch.equal(states.mixed, base_ahead.expand_as(states.mixed))
     torch.testing.assert_close(parts["reward"], torch.zeros(2, P, T).double(), rtol=0, atol=1e-12)
     added = {name: g for name, g in gradients(model, loss).items() if not name.startswith("lm.")}
     assert added.pop("mixing_head.4.weight").abs().max() > 1e-6
@@ -311,21 +332,23 @@ def test_start_and_end_begin_at_the_mean_embedding(make_model):
     model = make_model()
     model.init_thoughts([4, 9], [5])
     embedding = model.lm.model.embed_tokens.weight
-    torch.testing.assert_close(model.start_embedding, (embedding[4] + embedding[9]) / 2, rtol=1e-14, atol=0)
-    assert torch.equal(model.end_embedding, embedding[5]) and model.end_embedding.std() > 0.1  # no constant
+    mean = (embedding[4] + embedding[9]) / 2
+    torch.testing.assert_close(model.start_embedding, mean, rtol=1e-14, atol=0)
+    assert torch.equal(model.end_embedding, embedding[5])
+    assert model.end_embedding.std() > 0.1  # no constant
     assert model.mixing_head[0].weight.std() > 0.05 and model.mixing_head[2].bias.std() > 0.05
 
 
 def test_the_mixing_head_reads_base_then_talk(make_model):
-    """Its halves applied apart are one linear layer over [base; talk]; the weight is not squashed."""
-    head, base, talk = make_model().mixing_head, *torch.randn(2, 7, 24, dtype=torch.float64, generator=torch.Generator()
-                                                              .manual_seed(0)).mul(30)
+    """Its halves applied apart are one linear layer over [base; talk]; the weight is unbounded."""
+    head, generator = make_model().mixing_head, torch.Generator().manual_seed(0)
+    base, talk = torch.randn(2, 7, 24, dtype=torch.float64, generator=generator).mul(30)
     expected = torch.nn.Sequential.forward(head, torch.cat((base, talk), -1))
     torch.testing.assert_close(head(head.base_half(base), talk), expected, rtol=1e-12, atol=1e-12)
     assert expected.min() < -1 and expected.max() > 1
 
 
-# ---- precision ------------------------------------------------------------------------------------------------------
+# ---- precision ----------------------------------------------------------------------------------
 
 def test_float64_stays_float64(make_model, make_text):
     """With the float32 numbers that training draws, too."""
@@ -333,7 +356,7 @@ def test_float64_stays_float64(make_model, make_text):
     thoughts, log_probs = model.rollout(text, docs, uniforms(0, "think", 0, range(2), (2, 7, 2)))
     loss, parts, states = our_loss(model, text, docs, thoughts)
     named = {"loss": loss, **parts, **vars(states), "rollout's log-probs": log_probs}
-    assert {name: x.dtype for name, x in named.items()} == {name: torch.float64 for name in named}
+    assert {name: x.dtype for name, x in named.items()} == dict.fromkeys(named, torch.float64)
 
 
 def test_float32_is_close_to_float64(make_model, make_text, make_thoughts):
@@ -343,11 +366,10 @@ def test_float32_is_close_to_float64(make_model, make_text, make_thoughts):
     expected = gradients(model, wide)
     model.float()
     loss, _, states = our_loss(model, text, docs, thoughts)
-    assert loss.dtype == states.mixed.dtype == torch.float32 and abs(loss.item() / wide.item() - 1) < 1e-5
+    assert loss.dtype == states.mixed.dtype == torch.float32
+    assert abs(loss.item() / wide.item() - 1) < 1e-5
     assert_gradients_close(gradients(model, loss), expected, 1e-4)
 
-
-# ---- precision ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("weight", [1e-4, 1e-3, 1e-2, 1e-1])
 def test_rewards_do_not_drown_in_bf16(make_model, make_text, make_thoughts, weight):
@@ -376,7 +398,7 @@ def test_rewards_do_not_drown_in_bf16(make_model, make_text, make_thoughts, weig
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_without_a_mixing_weight_every_reward_is_exactly_zero(make_model, make_text, make_thoughts,
                                                               monkeypatch, dtype):
-    """However products are rounded, which on a GPU depends on the size of a chunk: here on its rows."""
+    """However products are rounded, which on a GPU depends on a chunk's size: here on its rows."""
     product = head.fp32_product
     monkeypatch.setattr(head, "fp32_product", lambda a, b, dtype: product(a, b, dtype) + 1e-6 * (
         torch.arange(len(a))[:, None] * torch.arange(b.shape[1]) % 3))
@@ -397,7 +419,7 @@ def flex_by_definition(q, k, v, block_mask, enable_gqa):
 
 @pytest.mark.parametrize("form", [TwoPart, Flex])
 def test_two_forwards_alive_at_once(make_model, make_text, make_thoughts, monkeypatch, form):
-    """Recomputed in the backward pass, each sees its own documents: the first as if it were alone."""
+    """Recomputed in the backward pass, each sees its own documents, as if it were alone."""
     monkeypatch.setattr(quietstar, "packed_attention", form)
     monkeypatch.setattr(attention, "compiled_flex", lambda: flex_by_definition)
     model, shape = make_model(), (2, 2, 9, 2)

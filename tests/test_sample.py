@@ -3,7 +3,6 @@
 import ast
 import importlib
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -107,7 +106,7 @@ def ask(monkeypatch, data):
 
 def refused(result, *pieces):
     code, _, err = result
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, result
+    assert (code, err[:7], err.count("\n")) == (2, "error: ", 1), result
     assert all(piece in err for piece in pieces), err
 
 
@@ -118,10 +117,10 @@ def test_it_asks_for_prompts_as_a_user_runs_it(demo):
     """The child process of this file: bytes that are no UTF-8 and unknown letters stop nothing."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "sample.py"), "--max_new_tokens", "2", "--device", "cpu"],
-        cwd=demo.parents[1], input=b"abcd=\n\xff\nhallo\n\naaaa=\n", capture_output=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": ":strict"})
+        cwd=demo.parents[1], input=b"abcd=\n\xff\nhallo\n\naaaa=\n", capture_output=True,
+        check=False, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": ":strict"})
     out, errors = done.stdout.decode(), done.stderr.decode().splitlines()
-    assert done.returncode == 0 and out.count("> ") == 6, done.stderr
+    assert (done.returncode, out.count("> ")) == (0, 6), done.stderr
     assert "> abcd=" in out
     assert "> aaaa=" in out
     assert [line.startswith("error: the prompt") for line in errors] == [True] * 3
@@ -331,12 +330,11 @@ def test_damaged_folders_are_refused_in_one_sentence(demo, tmp_path, write):
     refused(write(tmp_path / "new", "--prompt", "a"), "has saved nothing yet")
 
 
-@pytest.mark.parametrize("settings", [5, {"config": 5}, {"config": {"data": 3}}, []], ids=json.dumps)
-def test_a_garbled_nanoqstar_json_is_no_traceback(demo, tmp_path, write, settings):
+@pytest.mark.parametrize("text", ["5", "[]", '{"config": 5}', '{"step": "x"}'])
+def test_a_garbled_nanoqstar_json_is_refused(demo, tmp_path, write, text):
     folder = shutil.copytree(demo / "checkpoint", tmp_path / "garbled")
-    (folder / "nanoqstar.json").write_text(json.dumps(settings))
-    code, _, err = write(folder, "--prompt", "a", "--max_new_tokens", "2")
-    assert code == 0 or (code == 2 and err.count("\n") == 1)
+    (folder / "nanoqstar.json").write_text(text)
+    refused(write(folder, "--prompt", "a"), "nanoqstar.json")
 
 
 @pytest.mark.parametrize("value", [float("nan"), 3e38], ids=["nan", "too large"])

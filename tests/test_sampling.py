@@ -32,7 +32,7 @@ def recompute(model, context, thought, with_thoughts):
 
 @pytest.mark.parametrize("n_ahead", [0, 3, 4, 6])
 def test_cached_decoding_is_full_recomputation(make_model, tied, n_ahead):
-    """Token by token, prompts of different lengths together; a thought is never part of a later context."""
+    """Token by token, prompts of several lengths together; no thought is in a later context."""
     model, contexts = make_model(tied), [list(p) for p in PROMPTS]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -66,7 +66,8 @@ def test_thoughts_are_those_of_full_recomputation(make_model, likeliest, n_ahead
             x = torch.cat((model.lm.embed(torch.tensor(context)), model.start_embedding[None]))
             for token in step.thoughts[0]:
                 hidden = model.lm(x[None], torch.arange(len(x)), dense(None))[0, -1]
-                assert token == model.lm.logits(hidden).masked_fill(model.banned, -math.inf).argmax()
+                logits = model.lm.logits(hidden).masked_fill(model.banned, -math.inf)
+                assert token == logits.argmax()
                 x = torch.cat((x, model.lm.embed(token)[None]))
             context.append(step.tokens[0].item())
 
@@ -84,14 +85,14 @@ def test_prompts_together_are_prompts_alone(make_model, likeliest, n_ahead):
 
 
 def test_compiled_steps_are_not_compiled_again(make_model, likeliest):
-    """A graph for the forwards of one token, one for those of two, whatever the prompt; the same text and logits."""
+    """A graph for the forwards of one token, one for those of two, whatever the prompt."""
     counters, model = torch._dynamo.utils.counters, make_model(num_hidden_layers=3)
     plain = list(generate(model, PROMPTS[:1], 5, 5))
     torch._dynamo.reset()
     counters.clear()
     for block in model.lm.model.layers:
         block.compile(dynamic=False, backend="eager")
-    list(generate(model, [[1, 2]], 3, 5))  # on a CPU a context's length is a shape of its own; not so on a GPU
+    list(generate(model, [[1, 2]], 3, 5))  # on a CPU, not on a GPU, every length is a shape
     warm = counters["stats"]["unique_graphs"]
     compiled = list(generate(model, PROMPTS[:1], 5, 5))
     assert 2 <= warm <= 2 * 3
@@ -111,7 +112,10 @@ def test_a_decoder_takes_new_prompts(make_model, n_ahead):
         assert newest.tolist() == [p[-1] for p in prompts]
         assert n == max(map(len, prompts)) - 1
         logits, thoughts, mix = decoder.next_logits(newest, n, u)
-        assert all(map(torch.equal, (logits, thoughts, mix), (step.logits, step.thoughts, step.mix)))
+        assert torch.equal(logits, step.logits)
+        assert torch.equal(thoughts, step.thoughts)
+        assert torch.equal(mix, step.mix)
+        assert not logits.requires_grad
         if n_ahead:
             thought, base = decoder.think(newest, n, u)
             assert torch.equal(thought, thoughts)
@@ -203,7 +207,8 @@ def shares(probabilities, n=40_000, dtype=torch.float64, **settings):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_sample_token_by_hand(settings, expected, dtype):
     """Exactly the right ids survive, in the right proportions."""
-    ours, expected = shares([0.1, 0.4, 0.0, 0.2, 0.3], dtype=dtype, **settings), torch.tensor(expected)
+    ours = shares([0.1, 0.4, 0.0, 0.2, 0.3], dtype=dtype, **settings)
+    expected = torch.tensor(expected)
     assert torch.equal(ours > 0, expected > 0)
     assert (ours - expected).abs().max() < 0.01
 
@@ -212,7 +217,8 @@ def test_a_small_temperature_gives_the_right_probabilities():
     """Of logits that lie closer together than their quotients by the temperature can tell."""
     logits, temperature = torch.tensor([10_000.0, 10_000.0 - 2**-10]), 1.4e-3
     expected = 1 / (1 + math.exp(-(2**-10) / temperature))
-    ids = sample_token(logits.expand(40_000, -1), temperature, generator=torch.Generator().manual_seed(0))
+    ids = sample_token(logits.expand(40_000, -1), temperature,
+                       generator=torch.Generator().manual_seed(0))
     assert abs((ids == 0).double().mean() - expected) < 0.02
 
 
@@ -220,13 +226,15 @@ def test_rows_of_a_batch_are_filtered_apart():
     logits = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.3, 0.2, 0.5]]).log()
     generator = torch.Generator().manual_seed(0)
     for settings, kept in (({"top_k": 2}, 2), ({"top_p": 0.45}, 1)):
-        drawn = torch.stack([sample_token(logits, generator=generator, **settings) for _ in range(200)])
+        drawn = torch.stack([sample_token(logits, generator=generator, **settings)
+                             for _ in range(200)])
         for row in range(3):
             assert set(drawn[:, row].tolist()) == set(logits[row].topk(kept).indices.tolist())
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 5.0, "top_p": 0.99},
-                                      {"top_k": 2}], ids=str)
+@pytest.mark.parametrize("settings", [
+    {"temperature": 0}, {"temperature": 1.0}, {"temperature": 5.0, "top_p": 0.99}, {"top_k": 2},
+], ids=str)
 def test_unknown_ids_are_never_emitted(make_model, settings):
     """Neither in text nor in thoughts, though one of them is always the likeliest."""
     model = make_model(tied=False, banned=BANNED)
@@ -236,7 +244,8 @@ def test_unknown_ids_are_never_emitted(make_model, settings):
         head[BANNED[1]] = -head[BANNED[0]]
 
     def emitted():
-        steps = list(generate(model, PROMPTS, 10, 5, generator=torch.Generator().manual_seed(0), **settings))
+        generator = torch.Generator().manual_seed(0)
+        steps = list(generate(model, PROMPTS, 10, 5, generator=generator, **settings))
         return torch.cat([torch.cat((s.tokens[:, None], s.thoughts), 1) for s in steps])
     assert not torch.isin(emitted(), torch.tensor(BANNED)).any()
     model.banned = None
@@ -244,13 +253,15 @@ def test_unknown_ids_are_never_emitted(make_model, settings):
 
 
 def test_thoughts_have_the_thought_temperature(make_model):
-    """Of many copies of one prompt, the first thought token's frequencies; text's settings do not touch it."""
+    """Frequencies of the first thought token of many copies of a prompt; text has another one."""
     for temperature in (0.5, 2.0):
         model = make_model(thought_temperature=temperature)
-        (step,) = generate(model, [PROMPTS[0]] * 4000, 1, 3, temperature=0, generator=torch.Generator().manual_seed(0))
+        (step,) = generate(model, [PROMPTS[0]] * 4000, 1, 3, temperature=0,
+                           generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             x = torch.cat((model.lm.embed(torch.tensor(PROMPTS[0])), model.start_embedding[None]))
             hidden = model.lm(x[None], torch.arange(len(x)), dense(None))[0, -1]
-            expected = (model.lm.logits(hidden) / temperature).masked_fill(model.banned, -math.inf).softmax(-1)
+            logits = (model.lm.logits(hidden) / temperature).masked_fill(model.banned, -math.inf)
+            expected = logits.softmax(-1)
         frequency = step.thoughts[:, 0].bincount(minlength=61) / 4000
         assert (frequency - expected).abs().max() < 0.03

@@ -1,25 +1,26 @@
-"""The staged oracle equals the official code (golden cases) and costs what the official code costs (FLOPs)."""
+"""The staged oracle equals the official code (golden cases) and costs what that costs (FLOPs)."""
+
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from staged import StagedConfig, staged_step
 from torch.utils.flop_counter import FlopCounterMode
 
-from staged import StagedConfig, staged_step
-
 GOLDEN = Path(__file__).parent / "golden"
-SHAPE = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=6)
+SHAPE = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, head_dim=6)
 
 
 def random_params(cfg, dtype=torch.float64, seed=0):
-    D, I, V = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size
+    D, inner, V = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size
     q, kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
-    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "start_embedding": (D,),
-              "end_embedding": (D,), "mixing_head.0.weight": (D, 2 * D), "mixing_head.0.bias": (D,),
-              "mixing_head.2.weight": (D, D), "mixing_head.2.bias": (D,), "mixing_head.4.weight": (1, D)}
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,),
+              "start_embedding": (D,), "end_embedding": (D,), "mixing_head.0.weight": (D, 2 * D),
+              "mixing_head.0.bias": (D,), "mixing_head.2.weight": (D, D),
+              "mixing_head.2.bias": (D,), "mixing_head.4.weight": (1, D)}
     if not cfg.tie_word_embeddings:
         shapes["lm_head.weight"] = (V, D)
     for i in range(cfg.num_hidden_layers):
@@ -28,12 +29,15 @@ def random_params(cfg, dtype=torch.float64, seed=0):
             shapes[f"{at}self_attn.{name}_proj.weight"] = shape
             if cfg.attention_bias and name != "o":
                 shapes[f"{at}self_attn.{name}_proj.bias"] = shape[:1]
-        for name, shape in dict(gate=(I, D), up=(I, D), down=(D, I)).items():
+        for name, shape in dict(gate=(inner, D), up=(inner, D), down=(D, inner)).items():
             shapes[f"{at}mlp.{name}_proj.weight"] = shape
-        shapes[at + "input_layernorm.weight"] = shapes[at + "post_attention_layernorm.weight"] = (D,)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{at}{name}.weight"] = (D,)
     gen = torch.Generator().manual_seed(seed)
-    noise = {name: torch.randn(shape, generator=gen, dtype=torch.float64) for name, shape in shapes.items()}
-    return {name: (1 + 0.1 * x if "norm" in name else 0.3 * x).to(dtype).requires_grad_() for name, x in noise.items()}
+    noise = {name: torch.randn(shape, generator=gen, dtype=torch.float64)
+             for name, shape in shapes.items()}
+    return {name: (1 + 0.1 * x if "norm" in name else 0.3 * x).to(dtype).requires_grad_()
+            for name, x in noise.items()}
 
 
 def relative(ours, reference):
@@ -46,17 +50,19 @@ def relative(ours, reference):
 @pytest.mark.parametrize("weight", ["1", "1e6"])
 @pytest.mark.parametrize("case", ["a4_t2_p2", "a8_t4_p2"])
 def test_golden(case, weight, attention):
-    meta, ref = json.loads((GOLDEN / f"{case}.json").read_text()), load_file(GOLDEN / f"{case}.safetensors")
+    meta = json.loads((GOLDEN / f"{case}.json").read_text())
+    ref = load_file(GOLDEN / f"{case}.safetensors")
     n, A, P, B, L = (meta[k] for k in ("n_ahead", "n_ahead_talk", "n_passes", "batch", "seq_len"))
     T = L - 1
-    cfg = StagedConfig(**{k: v for k, v in meta["config"].items() if k in StagedConfig.__dataclass_fields__})
+    cfg = StagedConfig(**{k: v for k, v in meta["config"].items()
+                          if k in StagedConfig.__dataclass_fields__})
     params = {k.removeprefix("weights.").replace("talk_head.0.", "mixing_head."): v
               for k, v in ref.items() if k.startswith("weights.")}
     params |= {name: 100 * params[name][0] for name in ("start_embedding", "end_embedding")}
     params = {k: v.clone().requires_grad_() for k, v in params.items()}
-    other = torch.ones(B, A - 1, dtype=torch.long)                 # A-1 tokens of another document
+    ids, other = ref["input_ids"], torch.ones(B, A - 1, dtype=torch.long)  # of another document
     out = staged_step(
-        params, cfg, torch.cat([ref["input_ids"], other], 1), torch.cat([torch.zeros_like(ref["input_ids"]), other], 1),
+        params, cfg, torch.cat([ids, other], 1), torch.cat([torch.zeros_like(ids), other], 1),
         n_ahead=n - 1, n_ahead_talk=A, n_passes=P, policy_weight=float(weight), attention=attention,
         thoughts=ref["thought_tokens"].permute(1, 2, 0).unflatten(0, (B, P))[:, :, :T],
         banned_ids={meta["start_token_id"], meta["end_token_id"]},
@@ -72,31 +78,34 @@ def test_golden(case, weight, attention):
     for s in range(1, n - 1):
         errors[f"partial {s}"] = relative(rows["nll_partial"][..., s - 1], ref[f"loss_stage_{s}"])
     for k in range(A):
-        errors[f"mixed {k}"] = relative(rows["nll_mixed"][:, :L - 1 - k, k], ref[f"loss_stage_{n - 1 + k}"])
-        errors[f"mix {k}"] = relative(rows["mix"][:, :L - 1 - k, k], ref[f"w_{n - 1 + k}"][:, :L - 1 - k, 0])
+        errors[f"mixed {k}"] = relative(rows["nll_mixed"][:, :L - 1 - k, k],
+                                        ref[f"loss_stage_{n - 1 + k}"])
+        errors[f"mix {k}"] = relative(rows["mix"][:, :L - 1 - k, k],
+                                      ref[f"w_{n - 1 + k}"][:, :L - 1 - k, 0])
     for m in range(n - 3):
         errors[f"thought_lp {m}"] = relative(rows["thought_lp"][..., m], ref[f"action_ll_{m}"])
     for name, p in params.items():
         want = ref[f"grad_beta{weight}." + name.replace("mixing_head.", "talk_head.0.")]
         stored = name in ("start_embedding", "end_embedding")
-        errors["grad " + name] = relative(100 * p.grad, want[0]) if stored else relative(p.grad, want)
+        ours, want = (100 * p.grad, want[0]) if stored else (p.grad, want)
+        errors["grad " + name] = relative(ours, want)
     bad = {k: e for k, e in errors.items() if not e < 1e-9}
-    print(f"{case} weight {weight} {attention}: {len(errors)} tensors, worst {max(errors.values()):.1e}")
     assert not bad
 
 
 def official_flops(cfg, B, L, n, A, P, first=None):
-    """Forward FLOPs of SEMANTICS: n+A-1 calls of B*P rows on L positions each (`first`: of the base call)."""
+    """Forward FLOPs of SEMANTICS: n+A-1 calls of B*P rows on L positions (the first on `first`)."""
     first, rows, calls = first or L, B * P, n + A - 1
     D, V, heads = cfg.hidden_size, cfg.vocab_size, cfg.num_attention_heads * cfg.head_dim
     tokens = rows * (first + (calls - 1) * L)
-    layer = 2 * D * heads + 2 * D * cfg.num_key_value_heads * cfg.head_dim + 3 * D * cfg.intermediate_size
-    keys = first * first + sum(L * (first + s * L) for s in range(1, calls))      # one pair of query and key, per row
-    return 2 * (tokens * layer * cfg.num_hidden_layers                             # projections and MLP
-                + tokens * 2 * V * D                                               # two LM heads per call
-                + rows * L * (n - 3 + A) * V * D                                   # one-hots: sampled, teacher-forced
-                + rows * L * (calls - 1) * (3 * D * D + D)                         # mixing head
-                + rows * keys * 2 * heads * cfg.num_hidden_layers)                 # q @ k, weights @ v
+    layer = D * (2 * heads + 2 * cfg.num_key_value_heads * cfg.head_dim + 3 * cfg.intermediate_size)
+    # pairs of query and key, per row
+    keys = first * first + sum(L * (first + s * L) for s in range(1, calls))
+    return 2 * (tokens * layer * cfg.num_hidden_layers  # projections and MLP
+                + tokens * 2 * V * D  # two LM heads per call
+                + rows * L * (n - 3 + A) * V * D  # one-hots: sampled, teacher-forced
+                + rows * L * (calls - 1) * (3 * D * D + D)  # mixing head
+                + rows * keys * 2 * heads * cfg.num_hidden_layers)  # q @ k, weights @ v
 
 
 def test_flops_are_the_official_ones():
@@ -104,16 +113,17 @@ def test_flops_are_the_official_ones():
     params, B, T, K, A, P = random_params(cfg), 2, 20, 7, 4, 2
     text = torch.randint(61, (B, T + A), generator=torch.Generator().manual_seed(1))
     with FlopCounterMode(display=False) as counter:
-        staged_step(params, cfg, text, torch.zeros_like(text), n_ahead=K, n_ahead_talk=A, n_passes=P, attention="eager")
+        staged_step(params, cfg, text, torch.zeros_like(text), n_ahead=K, n_ahead_talk=A,
+                    n_passes=P, attention="eager")
     counted = counter.get_total_flops()
     assert counted == official_flops(cfg, B, T, K + 1, A, P, first=T + A - 1)
     assert abs(counted / official_flops(cfg, B, T, K + 1, A, P) - 1) < 0.1
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("K, A, P", [(4, 2, 2), (3, 1, 1)])
+@pytest.mark.parametrize(("K", "A", "P"), [(4, 2, 2), (3, 1, 1)])
 def test_documents_do_not_mix(K, A, P, attention):
-    """Qwen2's biases, tied head: another document's tokens reach no valid loss, and sampled equals forced."""
+    """Biases, tied head: another document's tokens reach no valid loss; sampled equals forced."""
     cfg, B, T = StagedConfig(**SHAPE), 2, 11
     params, gen = random_params(cfg), torch.Generator().manual_seed(2)
     text = torch.randint(61, (B, T + A), generator=gen)
@@ -134,12 +144,13 @@ def test_documents_do_not_mix(K, A, P, attention):
 
 
 def test_inverse_cdf_samples_the_distribution():
-    """At one position, equally spaced uniforms hit every id as often as its probability says, banned ids never."""
+    """Equally spaced uniforms hit every id as often as its probability says, banned ids never."""
     cfg, T, P = StagedConfig(**SHAPE), 1, 4000
     params = random_params(cfg)
     text, docs = torch.tensor([[3, 5]]), torch.zeros(1, 2, dtype=torch.long)
     uniforms = (torch.arange(P, dtype=torch.float64) / P).view(1, P, T, 1)
-    args = dict(n_ahead=3, n_ahead_talk=1, banned_ids={7, 60}, thought_temperature=2.0, reinforce_temperature=2.0)
+    args = dict(n_ahead=3, n_ahead_talk=1, banned_ids={7, 60}, thought_temperature=2.0,
+                reinforce_temperature=2.0)
     with torch.no_grad():
         out = staged_step(params, cfg, text, docs, n_passes=P, uniforms=uniforms, **args)
     share = torch.bincount(out["thoughts"].flatten(), minlength=61) / P

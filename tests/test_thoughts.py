@@ -36,7 +36,8 @@ t_2 1110 0 000 000 0 000 000 1 000 100
 e_2 1110 0 000 000 0 000 000 1 000 110
 y_2 1110 0 000 000 0 000 000 1 000 111
 """
-BY_HAND = torch.tensor([[c == "1" for c in "".join(line.split()[1:])] for line in MASK.strip().splitlines()[1:]])
+BY_HAND = torch.tensor([[c == "1" for c in "".join(line.split()[1:])]
+                        for line in MASK.strip().splitlines()[1:]])
 
 
 def test_mask_by_hand():
@@ -55,7 +56,7 @@ def test_predicate_by_hand():
 
 
 def test_documents_in_the_mask():
-    """Text and groups see the text of their own document only; a group belongs to its position's document."""
+    """Text and groups see their own document's text only; a group is of its position's document."""
     docs = torch.tensor([[0, 0, 1, 1, 1], [4, 5, 5, 6, 6]])
     for mask, text in zip(dense_mask(LAYOUT.packing, docs)[:, 0], [
             # of x_0, x_1, x_2, x_3 and of the groups at 0, 1, 2
@@ -73,9 +74,11 @@ def test_rope_positions_by_hand():
         1, 2, 3, 4, 2, 3, 4,
         2, 3, 4, 5, 3, 4, 5,
         3, 4, 5, 6, 4, 5, 6]
-    longer = ThoughtLayout(n_ahead=5, n_ahead_talk=3, n_passes=1, n_positions=2)  # start t_1 t_2 t_3 end x_1 x_2
-    assert longer.packing.rope_positions().tolist() == [0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 7, 2, 3, 4, 5, 6, 7, 8]
-    assert longer.rollout_packing.rope_positions().tolist() == [0, 1, 2, 3, 1, 2, 3, 2, 3, 4]  # start t_1 t_2
+    longer = ThoughtLayout(n_ahead=5, n_ahead_talk=3, n_passes=1, n_positions=2)
+    assert longer.packing.rope_positions().tolist() == [  # start t_1 t_2 t_3 end x_1 x_2
+        0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 7, 2, 3, 4, 5, 6, 7, 8]
+    assert longer.rollout_packing.rope_positions().tolist() == [  # start t_1 t_2
+        0, 1, 2, 3, 1, 2, 3, 2, 3, 4]
 
 
 def test_describe_by_hand():
@@ -86,9 +89,10 @@ def test_describe_by_hand():
 
 
 def test_pack_by_hand():
-    """Text once, then every position's group with its thoughts, its end and the true tokens that come after it."""
+    """Text once, then each position's group: its thoughts, its end, the true tokens after it."""
     text = torch.tensor([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24]])
-    thoughts = torch.tensor([[[31, 32, 33], [41, 42, 43]], [[51, 52, 53], [61, 62, 63]]])[..., None]  # (B, P, T, 1)
+    # (B, P, T, 1)
+    thoughts = torch.tensor([[[31, 32, 33], [41, 42, 43]], [[51, 52, 53], [61, 62, 63]]])[..., None]
     ids, is_start, is_end = LAYOUT.pack(text, thoughts)
     assert ids.tolist() == [
         [10, 11, 12, 13, 0, 31, 0, 11, 41, 0, 11, 0, 32, 0, 12, 42, 0, 12, 0, 33, 0, 13, 43, 0, 13],
@@ -102,12 +106,14 @@ def test_pack_with_longer_lookahead_by_hand():
     text, thoughts = torch.tensor([[10, 11, 12, 13, 14]]), torch.tensor([[[[31, 32], [33, 34]]]])
     ids, is_start, is_end = layout.pack(text, thoughts)
     assert ids.tolist() == [[10, 11, 12, 13, 0, 31, 32, 0, 11, 12, 0, 33, 34, 0, 12, 13]]
-    assert is_start.nonzero()[:, 0].tolist() == [4, 10] and is_end.nonzero()[:, 0].tolist() == [7, 13]
+    assert is_start.nonzero()[:, 0].tolist() == [4, 10]
+    assert is_end.nonzero()[:, 0].tolist() == [7, 13]
 
 
 def test_lookahead_of_one_packs_no_true_token():
     layout = ThoughtLayout(n_ahead=3, n_ahead_talk=1, n_passes=2, n_positions=2)
-    ids, _, is_end = layout.pack(torch.tensor([[10, 11, 12]]), torch.tensor([[[[31], [32]], [[41], [42]]]]))
+    ids, _, is_end = layout.pack(torch.tensor([[10, 11, 12]]),
+                                 torch.tensor([[[[31], [32]], [[41], [42]]]]))
     assert ids.tolist() == [[10, 11, 0, 31, 0, 41, 0, 0, 32, 0, 42, 0]]
     assert is_end.nonzero()[:, 0].tolist() == [4, 6, 9, 11]
 
@@ -118,17 +124,20 @@ def test_split_by_hand():
     text, roots, branches = (x[..., 0] for x in LAYOUT.packing.split(packed))
     assert text.tolist() == [[0, 1, 2, 3], [100, 101, 102, 103]]
     assert roots.tolist() == [[4, 11, 18], [104, 111, 118]]
-    assert branches[0].tolist() == [[[5, 6, 7], [12, 13, 14], [19, 20, 21]], [[8, 9, 10], [15, 16, 17], [22, 23, 24]]]
+    assert branches[0].tolist() == [[[5, 6, 7], [12, 13, 14], [19, 20, 21]],
+                                    [[8, 9, 10], [15, 16, 17], [22, 23, 24]]]
     assert torch.equal(branches[1], branches[0] + 100)
 
 
 def test_layout_is_read_off_the_shapes():
     assert ThoughtLayout.of(torch.zeros(5, 3 + 2), torch.zeros(5, 2, 3, 1)) == LAYOUT
-    assert LAYOUT.packing.n_packed == 25 and LAYOUT.rollout_packing.n_packed == 4 + 3  # t_1 is never an input
+    assert LAYOUT.packing.n_packed == 25
+    assert LAYOUT.rollout_packing.n_packed == 4 + 3  # t_1 is never an input
     assert (LAYOUT.n_sampled, LAYOUT.n_text) == (1, 4)
 
 
-@pytest.mark.parametrize("wrong", [dict(n_ahead=2), dict(n_ahead_talk=0), dict(n_passes=0), dict(n_positions=0)])
+@pytest.mark.parametrize("wrong", [dict(n_ahead=2), dict(n_ahead_talk=0), dict(n_passes=0),
+                                   dict(n_positions=0)])
 def test_impossible_layouts_are_refused(wrong):
     with pytest.raises(AssertionError):
         ThoughtLayout(**dict(n_ahead=3, n_ahead_talk=1, n_passes=1, n_positions=1) | wrong)

@@ -1,0 +1,174 @@
+"""Files that are whole or not there, and a lock that a process holds."""
+
+import builtins
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nanoqstar import InputError, files
+from nanoqstar.files import LOCK, lock, read_json, sync, write_json
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "cannot be read as JSON"), (b"{", "cannot be read as JSON"),
+    (b"\xff\xfe\x00", "cannot be read as JSON"), (b"\x00" * 9, "cannot be read as JSON"),
+    (b'{"a": ' + b"[" * 10**6, "cannot be read as JSON"), (b"9" * 10**5, "cannot be read as JSON"),
+    (b"[1]", "holds no JSON object"), (b"null", "holds no JSON object"),
+    (b'"text"', "holds no JSON object")])
+def test_read_json_says_what_is_wrong(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        read_json(path)
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_read_json_of_what_is_no_file(tmp_path):
+    with pytest.raises(InputError, match=r"a\.json is missing"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        read_json(tmp_path)
+
+
+def test_what_is_written_is_read(tmp_path):
+    value = {"a": [1, 2.5, None], "b": {"ü": "\u2028"}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(str(tmp_path / "a.json")) == value
+    assert [x.name for x in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("failing", ["write", "fsync", "replace", "nothing", "fsync of the folder"])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, failing):
+    path, calls = tmp_path / "a.json", []
+    write_json(path, {"a": "old"})
+    real = {name: getattr(os, name) for name in ("fsync", "replace")}
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    def fsync(handle):
+        calls.append(handle)
+        return fail() if len(calls) == 2 else real["fsync"](handle)
+    with monkeypatch.context() as patch:
+        if failing == "write":
+            patch.setattr(files.Path, "write_text", lambda self, *_, **__: (
+                self.write_bytes(b'{"a": "n'), fail()))
+        elif failing == "fsync of the folder":
+            patch.setattr(os, "fsync", fsync)
+        elif failing != "nothing":
+            patch.setattr(os, failing, fail)
+        if failing == "nothing":
+            write_json(path, {"a": "new"})
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                write_json(path, {"a": "new"})
+    done = failing in ("nothing", "fsync of the folder")
+    assert read_json(path) == {"a": "new" if done else "old"}
+    write_json(path, {"a": "newer"})
+    assert read_json(path) == {"a": "newer"}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    calls, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    monkeypatch.setattr(files, "sync", lambda path: calls.append(os.path.basename(path)))
+    write_json(tmp_path / "a.json", {})
+    assert calls == ["a.json.new", "replace", tmp_path.name]
+
+
+def test_sync(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("a")
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino),
+                                                     fsync(handle)))
+    sync(tmp_path / "a")
+    sync(tmp_path)
+    assert synced == [(tmp_path / "a").stat().st_ino, tmp_path.stat().st_ino]
+    with pytest.raises(FileNotFoundError):
+        sync(tmp_path / "b")
+
+
+# ---- the lock
+
+fcntl = pytest.importorskip("fcntl")
+
+
+def refused(folder):
+    with pytest.raises(InputError, match="another process is writing") as error, lock(folder):
+        pass
+    return str(folder) in str(error.value)
+
+
+def test_a_second_holder_is_refused(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    with lock(folder):
+        assert folder.is_dir()
+        assert refused(folder)
+        assert refused(str(folder))
+        with lock(tmp_path / "other"):
+            pass
+        assert refused(folder)  # a refusal takes nothing away from the holder
+    assert not list(folder.iterdir())
+    with lock(folder):
+        assert refused(folder)
+    with pytest.raises(ZeroDivisionError), lock(folder):
+        raise ZeroDivisionError
+    with lock(folder):
+        pass
+
+
+HOLD = """
+import sys, time
+from nanoqstar.files import lock
+with lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_holder_lets_go(tmp_path):
+    """Its file stays, and blocks nobody."""
+    root = os.path.dirname(os.path.dirname(__file__))
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=root, text=True,
+                          stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            assert refused(tmp_path)
+        finally:
+            holder.kill()
+    assert (tmp_path / LOCK).exists()
+    with lock(tmp_path):
+        assert refused(tmp_path)
+    assert not (tmp_path / LOCK).exists()
+
+
+@pytest.mark.parametrize("successor", [False, True])
+def test_a_file_removed_between_opening_and_locking(tmp_path, monkeypatch, successor):
+    """The holder ends, and removes its file, just after we opened it: ours locks nothing then."""
+    opened, path = [], tmp_path / LOCK
+
+    def race(*args, **options):
+        file = builtins.open(*args, **options)  # noqa: SIM115
+        opened.append(file)
+        if len(opened) == 1:
+            path.unlink()
+            if successor:  # a third process has come first
+                path.touch()
+        return file
+    monkeypatch.setattr(files, "open", race, raising=False)
+    with lock(tmp_path):
+        assert len(opened) == 2
+        assert opened[0].closed
+        assert os.path.samestat(path.stat(), os.fstat(opened[1].fileno()))
+        monkeypatch.undo()
+        assert refused(tmp_path)
+
+
+def test_lock_of_what_cannot_be_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), lock(tmp_path / "file"):
+        pass

@@ -1,0 +1,150 @@
+"""FLOPs are those that torch counts; nothing is refused memory that an update fits into."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs import PRESETS
+from nanoqstar import InputError, bench, flops
+from nanoqstar.objective import Objective, Valid
+
+CPU = torch.device("cpu")
+SMALL = bench.Shape(bench.qwen(32, 2, 4, 2, 64, 50, tied=False, bias=False), batch_size=2,
+                    n_ahead=5, n_ahead_talk=2, n_passes=2, max_length=20)
+
+
+def pair_flops(shape):
+    """FLOPs of one query seeing one key, in all heads and blocks, in all windows."""
+    m = shape.model
+    return 4 * m.num_attention_heads * m.head_dim * m.num_hidden_layers * shape.batch_size
+
+
+def products(counter):
+    """FLOPs that torch counted for products with weights; attention's are batched."""
+    return sum(n for op, n in counter.get_flop_counts()["Global"].items()
+               if "mm" in str(op) and "bmm" not in str(op))
+
+
+def drawn(shape):
+    """Text, documents, uniform numbers, counts."""
+    text, docs = bench.synthetic(shape)
+    u = torch.rand(shape.batch_size, shape.n_passes, shape.max_length, shape.n_ahead - 2)
+    return text, docs, u, Valid.from_docs(docs, shape.n_ahead_talk).counts()
+
+
+@pytest.mark.parametrize("shape", [SMALL, replace(SMALL, batch_size=1),
+                                   replace(SMALL, n_passes=1, n_ahead=3, n_ahead_talk=1)])
+def test_useful_flops_are_those_that_torch_counts(shape):
+    """Products exactly; of attention, two-part computes a little more than is visible."""
+    model, (text, docs, u, counts) = bench.make_model(shape, CPU), drawn(shape)
+    layout, n = shape.layout, shape.batch_size
+    with FlopCounterMode(display=False) as counter:
+        thoughts, sampled_lp = model.rollout(text, docs, u)
+    sampling, _ = flops.thinking_flops(shape.model, layout, n)
+    pairs = layout.n_text * (layout.n_text + 1) // 2 + sum(
+        (i + 1) * (1 + shape.n_passes * (layout.n_sampled - 1)) + 1 + shape.n_passes * sum(
+            place + 1 for place in range(1, layout.n_sampled)) for i in range(shape.max_length))
+    assert sampling == products(counter) + pair_flops(shape) * pairs
+    with FlopCounterMode(display=False) as counter:
+        loss, stats = model.loss(text, docs, thoughts, sampled_lp, counts, Objective())
+        loss.backward()
+    live = float(stats["live"])
+    _, learning = flops.thinking_flops(shape.model, layout, n, live)
+    assert 0.2 < live < 0.8
+    assert learning < flops.thinking_flops(shape.model, layout, n)[1]
+    assert 0.9 < learning / counter.get_total_flops() < 1.15
+    assert flops.of_update(shape.model, n, shape.max_length, shape.n_ahead, shape.n_ahead_talk,
+                           shape.n_passes, live) == sampling + learning
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_plain_training_by_torchs_count(tied):
+    shape = replace(SMALL, model=replace(SMALL.model, tie_word_embeddings=tied))
+    model, (text, docs, _, counts) = bench.make_model(shape, CPU), drawn(shape)
+    with FlopCounterMode(display=False) as counter:
+        model.text_loss(text, docs, counts, shape.n_ahead_talk)[0].backward()
+    pairs = shape.max_length * (shape.max_length + 1) // 2
+    n_rows = shape.batch_size * shape.max_length
+    addmm_ = 2 * n_rows * shape.model.hidden_size * shape.model.vocab_size  # torch leaves it out
+    counted = products(counter) + addmm_ + 3 * pair_flops(shape) * pairs
+    assert flops.text_flops(shape.model, shape.max_length, shape.batch_size) == counted
+    assert flops.of_update(shape.model, shape.batch_size, shape.max_length, 0, shape.n_ahead_talk,
+                           shape.n_passes, 1.0) == counted
+
+
+@pytest.mark.parametrize("name", ["tiny", "cpu_vocab"])
+def test_parameters_are_those_of_the_products(name):
+    model = bench.shape_of(name).model
+    for config in (model, replace(model, tie_word_embeddings=not model.tie_word_embeddings)):
+        with torch.device("meta"):
+            made = bench.Qwen2(config)
+        weights = sum(p.numel() for p in made.parameters() if p.dim() > 1)
+        assert flops.n_parameters(config) == weights
+
+
+def kept_bytes(shape):
+    """Bytes that an update holds for certain when its forward is done: fp32 weights, gradients, two
+    moments, and every tensor that autograd has saved."""
+    model, (text, docs, u, counts) = bench.make_model(shape, CPU), drawn(shape)
+    thoughts, sampled_lp = model.rollout(text, docs, u)
+    lm = sum(p.numel() for p in model.lm.parameters())
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def note(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        _ = model.loss(text, docs, thoughts, sampled_lp, counts, Objective())
+    return 16 * lm + sum(saved.values())
+
+
+@pytest.mark.parametrize("name", ["tiny", "cpu", "cpu_vocab"])
+def test_what_fits_is_never_refused_and_what_cannot_is(name, monkeypatch):
+    """Where there is just as much memory as an update holds; and where there is a fifth of it."""
+    shape = replace(bench.shape_of(name), batch_size=1)
+    held, n_tokens = kept_bytes(shape), shape.layout.packing.n_packed
+
+    def refuse(there, checkpointing=0.0, **options):
+        monkeypatch.setattr(flops, "total_memory", lambda device: there)
+        flops.refuse_beyond_memory(shape.model, CPU, n_tokens, checkpointing, 0, **options)
+    refuse(held)
+    with pytest.raises(InputError, match="the model and one forward would need more than"):
+        refuse(held // 5)
+    weights = 4 * flops.n_parameters(shape.model)
+    refuse(weights, learning=False)  # no gradient, no moment, nothing kept
+    with pytest.raises(InputError):
+        refuse(weights - 1, learning=False)
+    inputs = 4 * n_tokens * shape.model.hidden_size * shape.model.num_hidden_layers
+    refuse(4 * weights + inputs, checkpointing=1.0)
+    with pytest.raises(InputError):
+        refuse(4 * weights + inputs, checkpointing=0.5)
+
+
+def test_the_windows_that_wait_are_counted_and_absurd_sizes_are_one_sentence(monkeypatch):
+    monkeypatch.setattr(flops, "total_memory", lambda device: 2**34)
+    flops.refuse_beyond_memory(SMALL.model, CPU, 1000, 0.0, 2**34)
+    with pytest.raises(InputError, match=r"16 GiB of memory, and there are 16: .*eval_windows"):
+        flops.refuse_beyond_memory(SMALL.model, CPU, 1000, 0.0, 2**34 + 1)
+    with pytest.raises(InputError, match=r"one forward would need more than 5,[\d,]+ GiB"):
+        flops.refuse_beyond_memory(SMALL.model, CPU, 10**400, 0.5, 0)
+
+
+def test_no_preset_is_refused_on_an_h200(monkeypatch):
+    monkeypatch.setattr(flops, "total_memory", lambda device: 141 * 10**9)
+    for name in PRESETS:
+        shape = bench.shape_of(name)
+        n_tokens = shape.batch_size * shape.layout.packing.n_packed
+        flops.refuse_beyond_memory(shape.model, CPU, n_tokens, shape.checkpointing, 0)
+
+
+@pytest.mark.parametrize(("card", "rate"), [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 4090", 165e12), ("Tesla T4", None)])
+def test_the_rate_of_a_card_by_its_name(card, rate, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert flops.peak_flops(torch.device("cuda")) == rate
+    assert flops.peak_flops(CPU) is None

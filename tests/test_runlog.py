@@ -1,0 +1,233 @@
+"""A run's folder, what is logged and said whatever happens to disk and readers, and signals."""
+
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import types
+from pathlib import Path
+
+import pytest
+
+from nanoqstar import InputError, files, runlog
+from nanoqstar.cli import Interrupted
+from nanoqstar.runlog import RunLog, Signals, run_folder, start_wandb
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+STATS = {"nll_base": 1.5, "grad_norm": 0.5, "learning_rate": 1e-3, "skipped": 0}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that a test sets: clock[0]."""
+    now = [100.0]
+    monkeypatch.setattr(runlog, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
+
+
+@pytest.fixture
+def log(tmp_path):
+    return RunLog(tmp_path, {"seed": 0})
+
+
+def fail(error):
+    raise error
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_and_obeyed_when_asked(number, capsys):
+    before = signal.getsignal(number)
+    with Signals().caught() as signals:
+        signals.check()
+        os.kill(os.getpid(), number)
+        assert capsys.readouterr().err == "ending after this update\n"
+        for _ in range(2):  # at whatever stage
+            with pytest.raises(Interrupted) as end:
+                signals.check()
+            assert end.value.number == number
+        with pytest.raises(Interrupted), signals.at_once():
+            pytest.fail("nothing is begun any more")
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGINT)  # the second, of either kind
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_is_obeyed_at_once_where_nothing_can_be_lost():
+    with Signals().caught() as signals:
+        with pytest.raises(Interrupted), signals.at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("it goes on")
+        assert not signals.now
+
+
+def test_nothing_takes_a_signal_for_its_own_error():
+    assert not issubclass(Interrupted, Exception)
+
+
+def test_a_signal_may_come_while_stderr_is_written(monkeypatch):
+    for error in (RuntimeError("reentrant call"), BrokenPipeError()):
+        monkeypatch.setattr(runlog.tqdm, "write", lambda *a, error=error, **k: fail(error))
+        signals = Signals()
+        signals.handle(signal.SIGINT, None)
+        assert signals.number == signal.SIGINT
+
+
+def test_other_threads_get_no_signals():
+    before, entered = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        with Signals().caught() as signals:
+            entered.append((signals.number, signal.getsignal(signal.SIGINT)))
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert entered == [(None, before)]
+
+
+# ---- the folder
+
+
+def test_a_folder_is_held_while_the_run_goes_on(tmp_path):
+    with run_folder(str(tmp_path / "a" / "b"), "x") as out:
+        assert out == tmp_path / "a" / "b" and os.listdir(out) == [".lock"]
+        with pytest.raises(InputError, match="another process is writing"), files.lock(out):
+            pass
+        (out / "config.json").write_text("{}")
+    assert os.listdir(out) == ["config.json"]
+
+
+def test_names_are_those_of_the_first_free_folder(tmp_path, monkeypatch):
+    """Whoever takes a name first, also between our look and our lock, has it."""
+    monkeypatch.chdir(tmp_path)
+    with run_folder(None, "x") as first, run_folder(None, "x") as second:
+        assert (first, second) == (Path("out/x"), Path("out/x-2"))
+        exists = Path.exists  # of the folders, too late
+        monkeypatch.setattr(Path, "exists", lambda p: p.parent.name != "out" and exists(p))
+        with run_folder(None, "x") as third:
+            assert third == Path("out/x-3")
+
+
+@pytest.mark.parametrize(("made", "kept"), [
+    ({}, False), ({"config.json": "{}", "data/train.bin": ""}, False), ({"metrics.jsonl": ""}, False),
+    ({"metrics.jsonl": '{"kind": "eval", "step": 0}\n'}, False),
+    ({"metrics.jsonl": '{"kind": "eval", "step": 0}\n{"kind": "think", "step": 1}\n'}, True),
+    ({"metrics.jsonl": "", "base/config.json": "{}"}, True),
+    ({"metrics.jsonl": '{"kind": "eval", "step": 0}\n', "checkpoint/config.json": "{}"}, True)])
+@pytest.mark.parametrize("error", [InputError("bad"), Interrupted(2), OSError("full")])
+def test_a_failed_start_leaves_no_folder_and_a_failed_run_what_it_learned(tmp_path, made, kept,
+                                                                          error):
+    with pytest.raises(type(error)), run_folder(str(tmp_path / "x"), "x") as out:
+        for name, text in made.items():
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_text(text)
+        raise error
+    assert out.exists() == kept and not (out / ".lock").exists()
+
+
+def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years")
+    with (pytest.raises(InputError, match="already holds a run or other files"),
+          run_folder(str(tmp_path), "x")):
+        pass
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+# ---- metrics
+
+
+def test_rows_are_there_when_they_are_written(log, tmp_path):
+    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 0}
+    log.write("eval", 3, gain=0.5)
+    log.write("end", 4, seconds=1)
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        {"kind": "eval", "step": 3, "gain": 0.5}, {"kind": "end", "step": 4, "seconds": 1}]
+
+
+def test_speed_is_that_since_the_last_row(log, tmp_path, clock, capsys):
+    log.start_clock(10)
+    clock[0] += 8
+    log.update("think", 14, 20, 1000, 3e12, 6e12, STATS)
+    clock[0] += 1
+    log.update("think", 15, 20, 1000, 3e12, None, STATS | {"skipped": 2})
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (first["seconds"], first["tokens_per_second"], first["tflops"], first["mfu"]) == (
+        2, 500, 1.5, 0.25)
+    assert (second["seconds"], second["tokens_per_second"], second["tflops"]) == (1, 1000, 3)
+    assert "mfu" not in second and second["skipped"] == 2
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("think    14/20  base 1.500  gnorm 0.50")
+    assert "MFU 25%" in printed[0] and "skipped" not in printed[0] and "skipped 2" in printed[1]
+
+
+def test_pretraining_speaks_when_nothing_was_said_for_some_seconds(log, clock, capsys):
+    log.say("begin")
+    log.start_clock(0)
+    for step in range(1, 13):
+        clock[0] += 1
+        log.update("pretrain", step, 12, 1000, 1e9, None, STATS)
+    said = capsys.readouterr().out.splitlines()
+    assert [line[:16] for line in said] == ["begin", "pretrain     5/1", "pretrain    10/1"]
+    log.update("think", 1, 12, 1000, 1e9, None, STATS)
+    assert "think" in capsys.readouterr().out
+
+
+def test_failures_of_the_disk_are_told_and_no_more(log, capsys):
+    assert log.guard("it failed", lambda: None)
+    assert not log.guard("this could not be saved", fail, FULL)
+    assert not log.guard("that neither", fail, OSError("in words"))
+    assert capsys.readouterr().err == (
+        "warning: this could not be saved (No space left on device); the run goes on\n"
+        "warning: that neither (in words); the run goes on\n")
+    with pytest.raises(ValueError, match="a defect"):
+        log.guard("", fail, ValueError("a defect"))
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_lines_are_written_though_nobody_reads(log, monkeypatch, name):
+    """As after `| head -1`: the first is lost, the next go nowhere."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stream:
+        monkeypatch.setattr(sys, name, stream)
+        for _ in range(3):
+            log.say("a line")
+            log.guard("it failed", fail, FULL)
+        monkeypatch.undo()
+        assert os.path.samestat(os.fstat(stream.fileno()), os.stat(os.devnull))
+
+
+def test_lines_on_a_full_disk_are_let_go(log, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(
+        write=lambda text: fail(FULL), flush=lambda: fail(FULL)))
+    log.say("a line")
+
+
+# ---- W&B
+
+
+def test_wandb_gets_every_row_with_its_step(tmp_path, capsys):
+    logged = []
+    log = RunLog(tmp_path, {}, types.SimpleNamespace(log=lambda v, step: logged.append((v, step))))
+    log.write("pretrain", 3, nll_base=2.0)
+    log.offset = 3
+    log.write("eval", 0, gain=0.0)
+    assert logged == [({"pretrain/nll_base": 2.0}, 3), ({"eval/gain": 0.0}, 3)]
+    log.wandb.log = lambda values, step: fail(ValueError("no network"))
+    log.write("eval", 1, gain=0.5)
+    assert "warning: eval 1 could not be logged (W&B: no network)" in capsys.readouterr().err
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_wandb_that_does_not_start_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="wandb is not installed: pip install"):
+        start_wandb("x", {})
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
+        init=lambda **k: fail(ValueError("no API key\nconfigured"))))
+    with pytest.raises(InputError, match="W&B does not start: no API key configured; log in"):
+        start_wandb("x", {})
