@@ -31,7 +31,7 @@ if __name__ == "__main__":  # --help and typos are answered before torch is impo
 import dataclasses
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from data import fold
 from nanoqstar import InputError, evaluate, flops, hf
-from nanoqstar.dataset import TokenDataset
+from nanoqstar.dataset import TokenDataset, prefetched
 from nanoqstar.device import pick_device, pick_threads, speed_up
 from nanoqstar.objective import Objective, Valid
 from nanoqstar.quietstar import QuietStar, Rollout, draw_from, uniforms
@@ -71,17 +71,6 @@ def load_batches(data: TokenDataset, phase: str, step: int, cfg: TrainConfig, pi
             tensors.append(uniforms(cfg.seed, phase, step, index, shape))
         batches.append([x.pin_memory() if pin else x for x in tensors])
     return batches, counts
-
-
-def prefetched(data: TokenDataset, phase: str, steps: range, cfg: TrainConfig, pin: bool):
-    """(step, its `load_batches`), each read while the update before it computes."""
-    with ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(load_batches, data, phase, steps[0], cfg, pin)
-        for step in steps:
-            now = upcoming.result()
-            if step + 1 < steps.stop:
-                upcoming = reader.submit(load_batches, data, phase, step + 1, cfg, pin)
-            yield step, *now
 
 
 def train_step(model, optimizer, batches, counts, objective, lr, cfg, rollout=None):
@@ -154,7 +143,6 @@ def make_optimizer(model: QuietStar, cfg: TrainConfig) -> torch.optim.AdamW:
 class Run:
     """What the stages of a run hand on."""
 
-    name: str
     cfg: TrainConfig
     log: RunLog
     signals: Signals
@@ -162,39 +150,21 @@ class Run:
     model: QuietStar
     tokenizer: Tokenizer
     origin: hf.Settings | None  # of the model it started from
-    saved: tuple[Path, int] | None = None  # the newest checkpoint, and its update
 
     @property
     def first(self) -> int:
         """Updates that the model has had: a continued run goes on in the data, too."""
         return self.origin.step if self.origin else 0
 
-    @property
-    def thinking(self) -> hf.Thinking | None:
-        """How the model thinks, if it was ever taught to."""
-        cfg, origin = self.cfg, self.origin
-        if cfg.n_ahead:
-            return hf.Thinking(cfg.n_ahead, cfg.n_ahead_talk, cfg.thought_temperature)
-        return origin.thinking if origin and origin.thinking.n_ahead else None
-
     def save(self, phase: str, step: int) -> None:
-        """A failure is said, and the run goes on with what was saved before."""
-        name, thinking, step_saved = "checkpoint", self.thinking, step
-        if phase == "pretrain":
-            name, thinking, step_saved = "base", None, 0
-        folder = self.log.folder / name
-        if self.log.guard(f"update {step} could not be saved", hf.save, folder, self.model,
-                          self.tokenizer, thinking=thinking, step=step_saved,
-                          config=dataclasses.asdict(self.cfg),
-                          source=self.origin.folder if self.origin else None):
-            self.saved = folder, step
-
-    @property
-    def kept(self) -> str:
-        """What a run that ends now leaves, in words."""
-        if self.saved is None:
-            return "nothing is saved"
-        return f"update {self.saved[1]} is saved in {self.saved[0]}"
+        """The language model alone as long as it has never learned to think."""
+        cfg, origin, thinking = self.cfg, self.origin, None
+        if cfg.n_ahead and phase != "pretrain":
+            thinking = hf.Thinking(cfg.n_ahead, cfg.n_ahead_talk, cfg.thought_temperature)
+        elif origin and origin.thinking.n_ahead:
+            thinking = origin.thinking
+        self.log.save(phase, step, self.model, self.tokenizer, thinking,
+                      origin.folder if origin else None)
 
 
 def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> None:
@@ -206,14 +176,13 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> None:
     model, log, last = this.model, this.log, first + cfg.max_steps
     optimizer, rollout = make_optimizer(model, cfg), rollout_of(this)
     objective = Objective(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Objective)})
-    steps = prefetched(this.splits["train"], phase, range(first, last), cfg,
-                       model.lm.head_weight.is_cuda)
-    bar = tqdm(steps, desc=phase, total=cfg.max_steps, unit="step", disable=None,
-               dynamic_ncols=True)
-    done, skipped, in_a_row, peak = first, 0, 0, flops.peak_flops(model.lm.head_weight.device)
+    reading = partial(load_batches, this.splits["train"], phase, cfg=cfg,
+                      pin=model.lm.head_weight.is_cuda)
+    steps = tqdm(range(first, last), desc=phase, unit="step", disable=None, dynamic_ncols=True)
+    n_windows, done, skipped, in_a_row = cfg.batch_size * cfg.grad_accum, first, 0, 0
     log.start_clock(first)
     try:
-        for step, batches, counts in bar:
+        for step, (batches, counts) in zip(steps, prefetched(reading, range(first, last))):
             if phase != "pretrain" and (step - first) % cfg.eval_every == 0:
                 evaluate_now(this, step, rollout)
                 log.start_clock(step)
@@ -228,13 +197,9 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> None:
                     f"the gradient was not finite {MAX_SKIPPED} updates in a row (update {done}): "
                     "lower learning_rate or policy_weight; these updates changed nothing")
             if done % cfg.log_every == 0 or done == last:
-                if thoughts is not None:
-                    different = len(thoughts.flatten(0, 2).unique(dim=0))
-                    stats["distinct"] = different / thoughts[..., 0].numel()
-                n_windows = cfg.batch_size * cfg.grad_accum
                 work = flops.of_update(model.lm.config, n_windows, cfg.max_length, cfg.n_ahead,
                                        cfg.n_ahead_talk, cfg.n_passes, float(stats.get("live", 1)))
-                log.update(phase, done, last, n_windows * cfg.max_length, work, peak, stats | {
+                log.update(phase, done, last, n_windows * cfg.max_length, work, thoughts, stats | {
                     "grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped})
             if done % cfg.save_every == 0 and done < last:
                 this.save(phase, done)
@@ -256,33 +221,19 @@ def rollout_of(this: Run) -> Rollout:
 def evaluate_now(this: Run, step: int, rollout: Rollout, final: bool = False) -> None:
     """Scores the same val windows every time, logs the summary and shows a few thoughts; at the end
     the table as well."""
-    cfg, log, is_fold = this.cfg, this.log, this.cfg.data == "fold"
+    cfg, is_fold = this.cfg, this.cfg.data == "fold"
     text, docs = this.splits["val"].evenly(cfg.eval_windows, cfg.max_length + cfg.n_ahead_talk)
-    corpus = dict(seed=cfg.seed, operands=cfg.fold_operands, operations=cfg.fold_operations)
-    greedy = {}
     with this.signals.at_once():  # nothing changes here
         scores = evaluate.score_text(
             this.model, text, docs, cfg.n_ahead, cfg.n_ahead_talk, seed=cfg.seed,
-            batch_size=cfg.batch_size, sampler=rollout,
-            choices=range(len(fold.LETTERS)) if is_fold else None)
-        if is_fold and final:
-            greedy = fold.greedy_answers(this.model, text, cfg.n_ahead, **corpus)
-    summary = evaluate.summarize(scores)
-    shown = [(0, i) for i in (cfg.max_length // 4, cfg.max_length // 2, cfg.max_length - 1)]
-    rows, remarks = [], []
-    answers: dict = {}
-    if is_fold:
-        answers, shown = fold.measure(scores, **corpus)
-        summary |= {"answers": answers, **({"greedy": greedy} if final else {})}
-        rows, remarks = fold.table_rows(answers, greedy), fold.remarks(answers, greedy)
-    log.write("eval", step, **summary)
-    log.say(evaluate.line(step, summary, cfg.n_ahead > 0) + (
-        fold.eval_line(answers) if is_fold and cfg.n_ahead else ""))
-    if cfg.n_ahead:
-        for n, i in shown:
-            log.say(evaluate.shown(scores, this.tokenizer, n, i))
-    if final:
-        log.say(evaluate.table(summary, cfg.n_ahead > 0, rows, remarks))
+            batch_size=cfg.batch_size, sampler=rollout, choices=fold.CHOICES if is_fold else None)
+        report = evaluate.report(scores)
+        if is_fold:
+            fold.add_answers(report, scores, this.model, final, seed=cfg.seed,
+                             operands=cfg.fold_operands, operations=cfg.fold_operations)
+    this.log.write("eval", step, **report.summary)
+    for line in evaluate.lines(report, scores, this.tokenizer, step, final):
+        this.log.say(line)
 
 
 # ---- the five stages of a run
@@ -305,7 +256,7 @@ def check(cfg: TrainConfig):
         check_memory(cfg, config, device)
         loaded = hf.load_thinker(cfg.model_path, device, tokenizer=cfg.tokenizer)
         taught = loaded[2].config
-        if cfg.data == taught.get("data") == "fold" and cfg.seed != taught.get("seed"):
+        if cfg.data == taught.get("data") == "fold" and cfg.seed != taught.get("seed", cfg.seed):
             raise InputError(
                 f"{cfg.model_path} learned the table of --seed {taught.get('seed')}: with --seed "
                 f"{cfg.seed} the same letters would have other answers")
@@ -323,8 +274,9 @@ def check_memory(cfg: TrainConfig, model: Qwen2Config, device: torch.device) -> 
     if cfg.model_path is None and cfg.pretrain_steps:
         n_tokens = max(n_tokens, cfg.pretrain_batch_size * cfg.max_length)
     windows = max(cfg.batch_size * cfg.grad_accum, cfg.eval_windows)
+    learning = cfg.trainable == "all" or cfg.model_path is None
     flops.refuse_beyond_memory(model, device, n_tokens, cfg.checkpointing,
-                               windows * (16 * window + 4 * drawn))
+                               windows * (16 * window + 4 * drawn), learning)
 
 
 def open_splits(cfg: TrainConfig, folder: Path) -> dict[str, TokenDataset]:
@@ -342,7 +294,7 @@ def new_model_config(cfg: TrainConfig, vocab_size: int) -> Qwen2Config:
         max_position_embeddings=max(2048, 2 * cfg.max_length), rope_theta=1e4)
 
 
-def prepare(name: str, cfg: TrainConfig, log: RunLog, signals: Signals, device: torch.device,
+def prepare(cfg: TrainConfig, log: RunLog, signals: Signals, device: torch.device,
             splits: dict[str, TokenDataset] | None, loaded) -> Run:
     """Data and model, ready to train."""
     if splits is None:
@@ -374,7 +326,7 @@ def prepare(name: str, cfg: TrainConfig, log: RunLog, signals: Signals, device: 
         log.say(f"warning: {cfg.data} was prepared without the beginning-of-text token "
                 f"({tokenizer.decode(first, skip_special_tokens=False)}) that this model knows "
                 "before every document: prepare it again")
-    this = Run(name, cfg, log, signals, splits, model, tokenizer, origin)
+    this = Run(cfg, log, signals, splits, model, tokenizer, origin)
     init_thoughts(this)
     speed_up(model, device, cfg.checkpointing, cfg.compile)
     log.say(f"{log.folder}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, "
@@ -409,33 +361,25 @@ def finish(this: Run) -> None:
     cfg, log, last = this.cfg, this.log, this.first + this.cfg.max_steps
     evaluate_now(this, last, rollout_of(this), final=True)
     log.write("end", last, seconds=log.seconds)
-    prompt = ""
+    words = " --show_thoughts" * (cfg.n_ahead > 0)
     if cfg.data == "fold":
-        problem = fold.example_prompt(cfg.fold_operands, cfg.fold_operations, cfg.seed)
-        prompt = f" --prompt '{problem}'"
-    thoughts = " --show_thoughts" if cfg.n_ahead else ""
+        words += fold.example(cfg.fold_operands, cfg.fold_operations, cfg.seed)
     log.say(f"{log.seconds:.0f} s in all. Try it: python sample.py --model_path {log.folder}"
-            f"{prompt}{thoughts}")
-    if this.saved != (log.folder / "checkpoint", last):
+            + words)
+    if log.saved != (log.folder / "checkpoint", last):
         raise InputError(f"update {last} could not be saved, for want of room or of rights in "
-                         f"{log.folder}; {this.kept}")
+                         f"{log.folder}; {log.kept}")
 
 
 def run(name: str, cfg: TrainConfig) -> None:
     """Everything a configuration asks for."""
-    device, splits, loaded = check(cfg)
-    config = dataclasses.asdict(cfg)
+    (device, splits, loaded), config = check(cfg), dataclasses.asdict(cfg)
     with Signals().caught() as signals, run_folder(cfg.out_dir, name) as folder:
         with signals.at_once():
-            log = RunLog(folder, config, start_wandb(name, config) if cfg.wandb else None)
-            this = prepare(name, cfg, log, signals, device, splits, loaded)
-        try:
+            log = RunLog(folder, config, start_wandb(name, config) if cfg.wandb else None,
+                         flops.peak_flops(device))
+            this = prepare(cfg, log, signals, device, splits, loaded)
+        with log.saying_what_is_kept():
             pretrain(this)
             train(this, cfg, "think" if cfg.n_ahead else "text", this.first)
             finish(this)
-        except cli.Interrupted as end:
-            raise cli.Interrupted(end.number, f"{end}; {this.kept}") from None
-        except (MemoryError, RuntimeError) as error:
-            if not cli.is_out_of_memory(error):
-                raise
-            raise InputError(f"{cli.OUT_OF_MEMORY}; {this.kept}") from None

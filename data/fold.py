@@ -28,11 +28,12 @@ import numpy as np
 import torch
 
 from data.writer import write_dataset
-from nanoqstar.evaluate import Row, TextScores
+from nanoqstar.evaluate import Report, Row, TextScores
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.sampling import generate
 
 LETTERS = "abcdefg"
+CHOICES = range(len(LETTERS))  # their ids, among which an answer is chosen
 SIGNS = "*+-/"
 STYLES = ("direct", "restated", "worked")
 MAX_POOL = 100_000  # problems a text draws from, where there are more
@@ -331,6 +332,26 @@ def remarks(answers: dict[str, Any], greedy: dict[str, Any]) -> list[str]:
     return lines
 
 
+def add_answers(report: Report, scores: TextScores, model: QuietStar, final: bool, *, seed: int,
+                operands: int, operations: int) -> None:
+    """Adds all of this corpus's own to an evaluation; what is decoded, only at the end."""
+    answers, report.offsets = measure(scores, seed=seed, operands=operands, operations=operations)
+    n_sampled, greedy = scores.thoughts.shape[-1], {}
+    report.summary["answers"] = answers
+    if final:
+        greedy = greedy_answers(model, scores.text, n_sampled and n_sampled + 2, seed=seed,
+                                operands=operands, operations=operations)
+        report.summary["greedy"] = greedy
+    report.said = eval_line(answers) if n_sampled else ""
+    report.rows, report.remarks = table_rows(answers, greedy), remarks(answers, greedy)
+
+
 def example_prompt(operands: int, operations: int, seed: int) -> str:
     """A held-out problem to try the model on, of as many different letters as there are."""
     return max(problems(operands, operations, seed)[1], key=lambda p: len(set(p))) + "="
+
+
+def example(operands: int, operations: int, seed: int) -> str:
+    """Options of sample.py that have a problem answered."""
+    return (f" --prompt '{example_prompt(operands, operations, seed)}' --temperature 0"
+            f" --max_new_tokens {operands + 4}")

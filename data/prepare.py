@@ -196,7 +196,7 @@ def claimed(partial: Path) -> Iterator[None]:
                 yield
             except BaseException as error:
                 if not (partial / JOURNAL).exists():
-                    for path in partial.iterdir():
+                    for path in partial.glob("*"):  # none where it got its final name
                         if path.name != LOCK:
                             path.unlink()
                 elif isinstance(error, KeyboardInterrupt):

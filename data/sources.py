@@ -203,7 +203,7 @@ class Source:
     def __init__(self, cfg: PrepareConfig, files: list[str], revision: str | None = None,
                  n_bytes: float = float("inf")) -> None:
         self.cfg, self.files, self.revision, self.waited = cfg, files, revision, 0.0
-        self.n_chars = int(min(DOCUMENT_CHARS, max(SMALL_DOCUMENT_CHARS, n_bytes // 64)))
+        self.n_chars = int(min(DOCUMENT_CHARS, max(SMALL_DOCUMENT_CHARS, n_bytes / 64)))
 
     def local_path(self, name: str) -> str:
         if not self.revision:

@@ -63,14 +63,14 @@ def subscript(number: int) -> str:
 def tokens(layout: Any) -> list[tuple[str, str]]:
     """(kind, label) of every packed token."""
     named = []
-    for position, _, place in zip(*(x.tolist() for x in layout.packing.describe()), strict=True):
-        after_end = place - layout.n_sampled - 1
-        if place < 0:
+    for position, _, offset in zip(*(x.tolist() for x in layout.packing.describe()), strict=True):
+        after_end = offset - layout.n_sampled - 1
+        if offset < 0:
             named.append(("text", "x" + subscript(position)))
-        elif place == 0 or after_end == 0:
-            named.append(("delimiter", "end" if place else "start"))
+        elif offset == 0 or after_end == 0:
+            named.append(("delimiter", "end" if offset else "start"))
         elif after_end < 0:
-            named.append(("sampled", "t" + subscript(place)))
+            named.append(("sampled", "t" + subscript(offset)))
         else:
             named.append(("ahead", "x" + subscript(position + after_end)))
     return named
@@ -85,8 +85,8 @@ def mask_svg() -> str:
     layout = ThoughtLayout(n_ahead=4, n_ahead_talk=2, n_passes=2, n_positions=3)
     packing, named = layout.packing, tokens(layout)
     mask = dense_mask(packing, torch.zeros(1, layout.n_text).long())[0, 0]  # of one document
-    position, pass_, place = packing.describe()
-    is_shown = (position == 1) & (pass_ == 1) & (place == layout.n_sampled + 1)  # an end token
+    position, pass_, offset = packing.describe()
+    is_shown = (position == 1) & (pass_ == 1) & (offset == layout.n_sampled + 1)  # an end token
     shown = is_shown.nonzero().item()
 
     body = [text(16, 28, "One sequence: the text once, then a group of thoughts per position.")]

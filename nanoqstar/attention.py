@@ -76,19 +76,19 @@ class TwoPart:
         self.text_bias = minus_infinity_where(~seen[:, :, :packing.n_positions])
         self.own_bias = self.own_bias_at(None, docs.device)
 
-    def own_bias_at(self, place: int | None, device: torch.device) -> torch.Tensor:
+    def own_bias_at(self, offset: int | None, device: torch.device) -> torch.Tensor:
         """(n, m): the group's tokens that are queries, the group's keys."""
         packing = self.packing
-        _, pass_, places = (x[packing.n_text:][:packing.n_group] for x in packing.describe(device))
+        _, pass_, offsets = (x[packing.n_text:][:packing.n_group] for x in packing.describe(device))
         # one position, one document
-        rows, same = query_rows(places, place), torch.zeros_like(places)
-        queries = tuple(x[rows, None] for x in (same, pass_, places, same))
-        return minus_infinity_where(~visible(queries, (same, pass_, places, same)))
+        rows, same = query_rows(offsets, offset), torch.zeros_like(offsets)
+        queries = tuple(x[rows, None] for x in (same, pass_, offsets, same))
+        return minus_infinity_where(~visible(queries, (same, pass_, offsets, same)))
 
-    def at(self, place: int) -> "TwoPart":
-        """The same for the queries of one place alone (0: text and roots), against all keys."""
+    def at(self, offset: int) -> "TwoPart":
+        """The same for the queries of one offset alone (0: text and roots), against all keys."""
         step = copy.copy(self)
-        step.own_bias, step.has_text = self.own_bias_at(place, self.own_bias.device), place == 0
+        step.own_bias, step.has_text = self.own_bias_at(offset, self.own_bias.device), offset == 0
         return step
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -132,16 +132,16 @@ class Flex:
     of its own batch: a forward that is recomputed in a backward pass sees what it saw.
     """
 
-    def __init__(self, packing: Packing, docs: torch.Tensor, place: int | None = None,
+    def __init__(self, packing: Packing, docs: torch.Tensor, offset: int | None = None,
                  starts: torch.Tensor | None = None) -> None:
         self.packing, self.docs = packing, docs
         self.starts = document_starts(docs[:, :packing.n_text]) if starts is None else starts
-        self.tiles = tiles_for_shape(packing, place, docs.device)
+        self.tiles = tiles_for_shape(packing, offset, docs.device)
         self.block_mask = self.tiles.block_mask(self.starts)
 
-    def at(self, place: int) -> "Flex":
-        """The same for the queries of one place alone (0: text and roots), against all keys."""
-        return Flex(self.packing, self.docs, place, self.starts)
+    def at(self, offset: int) -> "Flex":
+        """The same for the queries of one offset alone (0: text and roots), against all keys."""
+        return Flex(self.packing, self.docs, offset, self.starts)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
@@ -173,14 +173,14 @@ class FlexTiles:
     TILE = 128
 
     @torch.inference_mode(False)
-    def __init__(self, packing: Packing, place: int | None, device: torch.device) -> None:
-        described, rows = packing.describe(), packing.rows(place)
-        position, _, places = described
+    def __init__(self, packing: Packing, offset: int | None, device: torch.device) -> None:
+        described, rows = packing.describe(), packing.rows(offset)
+        position, _, offsets = described
         index = torch.arange(packing.n_packed)
         # a text token is its own root
-        root = torch.where(places < 0, index, packing.n_text + position * packing.n_group)
+        root = torch.where(offsets < 0, index, packing.n_text + position * packing.n_group)
         # text up to; own branch from, to; root
-        ranges = (position, index - (places - 1).clamp(min=0), index, root)
+        ranges = (position, index - (offsets - 1).clamp(min=0), index, root)
         self.pads = [-len(x) % self.TILE for x in (rows, index)]
         query = [F.pad(x[rows], (0, self.pads[0]), value=fill)
                  for x, fill in zip(described, (0, -1, -1), strict=True)]
@@ -206,20 +206,20 @@ class FlexTiles:
         return block_mask
 
 
-def tile_table(q_position: torch.Tensor, q_place: torch.Tensor, k_position: torch.Tensor,
-               k_place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def tile_table(q_position: torch.Tensor, q_offset: torch.Tensor, k_position: torch.Tensor,
+               k_offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Which key tiles each query tile may see: counts (Q tiles,) and indices (Q tiles, K tiles).
 
     Arguments are (tiles, 128). By their ranges, a superset of what is visible: the mask decides
     inside a tile.
     """
-    is_text, is_own = k_place < 0, (k_place >= 0) & (k_place < 2**30)
+    is_text, is_own = k_offset < 0, (k_offset >= 0) & (k_offset < 2**30)
     far = 2**30
     first_text = torch.where(is_text, k_position, far).amin(1)
     first_own = torch.where(is_own, k_position, far).amin(1)
     last_own = torch.where(is_own, k_position, -far).amax(1)
     # text and padding have no group
-    high, thinks = q_position.amax(1, keepdim=True), q_place >= 0
+    high, thinks = q_position.amax(1, keepdim=True), q_offset >= 0
     first, last = (torch.where(thinks, q_position, fill) for fill in (far, -far))
     first, last = first.amin(1, keepdim=True), last.amax(1, keepdim=True)
     seen = (first_text <= high) | ((first_own <= last) & (last_own >= first))
@@ -237,7 +237,7 @@ tiles_for_shape = lru_cache(maxsize=64)(FlexTiles)
 def packed_attention(packing: Packing, docs: torch.Tensor) -> TwoPart | Flex:
     """The form of the packed attention that suits the device; docs (B, >= n_text) document ids.
 
-    As it is for the whole packed sequence; its `at(place)` for a step of a rollout.
+    As it is for the whole packed sequence; its `at(offset)` for a step of a rollout.
     """
     form = Flex if docs.is_cuda and can_compile(docs.device) else TwoPart
     return form(packing, docs)

@@ -7,7 +7,8 @@ what the rest must look like.
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,14 @@ class TokenDataset:
         last = self.last_start(length)
         n = min(n, last + 1)
         return self.windows(np.arange(n) * last // max(n - 1, 1), length)
+
+
+def prefetched(read: Callable[[int], Any], steps: range) -> Iterator[Any]:
+    """read(step) of every step, each while the one before is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(read, steps[0])
+        for step in steps:
+            now = upcoming.result()
+            if step + 1 < steps.stop:
+                upcoming = reader.submit(read, step + 1)
+            yield now

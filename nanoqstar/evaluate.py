@@ -161,3 +161,30 @@ def shown(scores: TextScores, tokenizer: Tokenizer, n: int, i: int) -> str:
     base, mixed = scores.base_lp[n, i].exp(), scores.mixed_lp[n, i].exp()
     return (f"  {context[-24:]!r:>28} thinks {thought!r}, then {target!r}: p {base:.2f} -> "
             f"{mixed:.2f}")
+
+
+@dataclass
+class Report:
+    """What is said of an evaluation; a corpus may add to it."""
+
+    summary: dict[str, Any]  # `summarize`'s
+    offsets: list[tuple[int, int]]  # (window, position) of the thoughts to show
+    said: str = ""  # at the end of the line
+    rows: Sequence[Row] = ()  # of the table
+    remarks: Sequence[str] = ()  # below it
+
+
+def report(scores: TextScores) -> Report:
+    n_positions = scores.base_lp.shape[1]
+    return Report(summarize(scores), [(0, n_positions // 4), (0, n_positions // 2),
+                                      (0, n_positions - 1)])
+
+
+def lines(report: Report, scores: TextScores, tokenizer: Tokenizer, step: int, final: bool
+          ) -> list[str]:
+    """The evaluation in a line, a few thoughts, and at the end the table."""
+    thinks = scores.thoughts.shape[-1] > 0
+    offsets = report.offsets if thinks else []
+    said = [line(step, report.summary, thinks) + report.said,
+            *(shown(scores, tokenizer, n, i) for n, i in offsets)]
+    return said + [table(report.summary, thinks, report.rows, report.remarks)] * final

@@ -13,11 +13,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+import torch
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from nanoqstar import InputError
-from nanoqstar.cli import Interrupted
+from nanoqstar import InputError, hf
+from nanoqstar.cli import OUT_OF_MEMORY, Interrupted, is_out_of_memory
 from nanoqstar.files import LOCK, lock, write_json
+from nanoqstar.quietstar import QuietStar
 
 SILENCE = 5.0  # seconds after which a line of pre-training is shown
 
@@ -115,8 +118,12 @@ def make_and_hold(held: ExitStack, out: Path) -> None:
 class RunLog:
     """Writes metrics and says lines; nothing that fails here ends a run."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], wandb: Any = None) -> None:
-        self.folder, self.wandb, self.offset = folder, wandb, 0
+    def __init__(self, folder: Path, config: dict[str, Any], wandb: Any = None,
+                 peak: float | None = None) -> None:
+        """config: the run's settings, kept with it. peak: FLOP/s of the device, where known."""
+        self.folder, self.config, self.wandb, self.peak = folder, config, wandb, peak
+        self.offset = 0  # updates of pre-training
+        self.saved: tuple[Path, int] | None = None  # the newest checkpoint, and its update
         self.start = self.said = time.perf_counter()
         write_json(folder / "config.json", config)
         self.metrics = open(folder / "metrics.jsonl", "w")  # noqa: SIM115
@@ -139,19 +146,23 @@ class RunLog:
         self.clock = step, time.perf_counter()
 
     def update(self, phase: str, done: int, last: int, n_tokens: int, work: float,
-               peak: float | None, stats: dict[str, Any]) -> None:
+               thoughts: torch.Tensor | None, stats: dict[str, Any]) -> None:
         """Logs and shows an update's statistics and the speed since the clock was started.
 
-        n_tokens, work: an update's text tokens and useful FLOPs. peak: FLOP/s of the device, or None.
+        n_tokens, work: an update's text tokens and useful FLOPs. thoughts: (B, P, T, S), some of
+        them: the share of `distinct` ones shows a collapse first.
         """
         step, start = self.clock
         seconds = (time.perf_counter() - start) / max(1, done - step)
         self.start_clock(done)
         values = {k: float(v) for k, v in stats.items()}
+        if thoughts is not None:
+            flat = thoughts.flatten(0, 2)
+            values["distinct"] = len(flat.unique(dim=0)) / len(flat)
         values |= {"seconds": seconds, "tokens_per_second": n_tokens / seconds,
                    "tflops": work / seconds / 1e12}
-        if peak:
-            values["mfu"] = work / seconds / peak
+        if self.peak:
+            values["mfu"] = work / seconds / self.peak
         self.write(phase, done, **values)
         shown = ("nll_base", "nll_talk", "policy", "reward", "gain", "positive", "mix", "entropy",
                  "distinct")
@@ -160,9 +171,41 @@ class RunLog:
                  f"gnorm {values['grad_norm']:.2f}", f"lr {values['learning_rate']:.1e}",
                  f"{seconds * 1e3:.0f} ms", f"{n_tokens / seconds:.0f} tok/s",
                  f"{values['tflops']:.3g} TFLOP/s"]
-        parts += [f"MFU {values['mfu']:.0%}"] if peak else []
+        parts += [f"MFU {values['mfu']:.0%}"] if self.peak else []
         parts += [f"skipped {values['skipped']:.0f}"] if values["skipped"] else []
         self.say("  ".join(parts), unless_recent=phase == "pretrain")
+
+    def save(self, phase: str, step: int, model: QuietStar, tokenizer: Tokenizer,
+             thinking: hf.Thinking | None, source: Path | None) -> None:
+        """Into base/ (pre-training) or checkpoint/; what went wrong is said, and the run goes on
+        with what was saved before."""
+        first = phase == "pretrain"
+        folder = self.folder / ("base" if first else "checkpoint")
+        if not all(p.isfinite().all() for p in model.parameters()):
+            write(f"warning: update {step} is not saved: its weights are not finite", sys.stderr)
+        elif self.guard(f"update {step} could not be saved", hf.save, folder, model, tokenizer,
+                        thinking=thinking, step=0 if first else step, config=self.config,
+                        source=source):
+            self.saved = folder, step
+
+    @property
+    def kept(self) -> str:
+        """What a run that ends now leaves, in words."""
+        if self.saved is None:
+            return "nothing is saved"
+        return f"update {self.saved[1]} is saved in {self.saved[0]}"
+
+    @contextmanager
+    def saying_what_is_kept(self) -> Iterator[None]:
+        """Where a signal or the memory ends a run."""
+        try:
+            yield
+        except Interrupted as end:
+            raise Interrupted(end.number, f"{end}; {self.kept}") from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(f"{OUT_OF_MEMORY}; {self.kept}") from None
 
     def say(self, line: str, unless_recent: bool = False) -> None:
         """unless_recent: only where nothing has been said for some seconds."""

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import torch
 
-Tokens = tuple[torch.Tensor, ...]  # position, pass, place, and for `visible` document
+Tokens = tuple[torch.Tensor, ...]  # position, pass, offset, and for `visible` document
 
 
 @dataclass(frozen=True)
@@ -40,31 +40,31 @@ class Packing:
     @lru_cache
     @torch.inference_mode(False)
     def describe(self, device: torch.device | None = None) -> Tokens:
-        """What each packed token is: its position i, pass and place, each (n_packed,) int64.
+        """What each packed token is: its position i, pass and offset, each (n_packed,) int64.
 
-        Place: -1 for text, 0 for the root (start), 1.. along a branch; pass: -1 for text and root.
+        Offset: -1 for text, 0 for the root (start), 1.. along a branch; pass: -1 for text and root.
         """
         none, branch = torch.full((self.n_text,), -1), torch.arange(1, self.n_branch + 1)
-        place = torch.cat((torch.zeros(1).long(), branch.repeat(self.n_passes)))
+        offset = torch.cat((torch.zeros(1).long(), branch.repeat(self.n_passes)))
         pass_ = torch.cat((none[:1], torch.arange(self.n_passes).repeat_interleave(self.n_branch)))
         position = torch.arange(self.n_positions).repeat_interleave(self.n_group)
         described = (torch.cat((torch.arange(self.n_text), position)),
                      torch.cat((none, pass_.repeat(self.n_positions))),
-                     torch.cat((none, place.repeat(self.n_positions))))
+                     torch.cat((none, offset.repeat(self.n_positions))))
         return tuple(x.to(device) for x in described)
 
     @lru_cache
     @torch.inference_mode(False)
     def rope_positions(self, device: torch.device | None = None) -> torch.Tensor:
         """RoPE position of every packed token, (n_packed,)."""
-        position, _, place = self.describe(device)
-        return position + place + 1
+        position, _, offset = self.describe(device)
+        return position + offset + 1
 
     @lru_cache
     @torch.inference_mode(False)
-    def rows(self, place: int | None, device: torch.device | None = None) -> torch.Tensor:
-        """Indices of the packed tokens that are queries when a rollout is at `place`."""
-        return query_rows(self.describe()[2], place).to(device)
+    def rows(self, offset: int | None, device: torch.device | None = None) -> torch.Tensor:
+        """Indices of the packed tokens that are queries when a rollout is at `offset`."""
+        return query_rows(self.describe()[2], offset).to(device)
 
     def split(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, n_packed, ..) -> text, roots and branches, all views.
@@ -134,34 +134,34 @@ class ThoughtLayout:
         branches[..., :self.n_sampled] = thoughts
         lookahead = text[:, 1:].unfold(1, self.n_ahead_talk, 1)[:, None, :, :-1]
         branches[..., self.n_sampled + 1:] = lookahead
-        place = self.packing.describe(text.device)[2]
-        return ids, place == 0, place == self.n_sampled + 1
+        offset = self.packing.describe(text.device)[2]
+        return ids, offset == 0, offset == self.n_sampled + 1
 
 
-def query_rows(places: torch.Tensor, place: int | None) -> torch.Tensor:
-    """Which tokens at those places are queries: all (None), text and roots (0), or one place's."""
-    if place is None:
-        return torch.arange(len(places), device=places.device)
-    return (places <= 0 if place == 0 else places == place).nonzero()[:, 0]
+def query_rows(offsets: torch.Tensor, offset: int | None) -> torch.Tensor:
+    """Which tokens at offsets are queries: all (None), text and roots (0), or one offset's."""
+    if offset is None:
+        return torch.arange(len(offsets), device=offsets.device)
+    return (offsets <= 0 if offset == 0 else offsets == offset).nonzero()[:, 0]
 
 
 def visible(query: Tokens, key: Tokens) -> torch.Tensor:
     """The one definition of who sees whom; every mask is built from it or tested against it.
 
-    query, key: (position, pass, place, document) of packed tokens, broadcastable int tensors.
+    query, key: (position, pass, offset, document) of packed tokens, broadcastable int tensors.
     Returns bool.
     """
-    q_position, q_pass, q_place, q_document = query
-    k_position, k_pass, k_place, k_document = key
-    text = (k_place < 0) & (k_position <= q_position) & (k_document == q_document)
-    own = ((k_place >= 0) & (k_place <= q_place) & (k_position == q_position)
-           & ((k_pass == q_pass) | (k_place == 0)))
+    q_position, q_pass, q_offset, q_document = query
+    k_position, k_pass, k_offset, k_document = key
+    text = (k_offset < 0) & (k_position <= q_position) & (k_document == q_document)
+    own = ((k_offset >= 0) & (k_offset <= q_offset) & (k_position == q_position)
+           & ((k_pass == q_pass) | (k_offset == 0)))
     return text | own
 
 
 def dense_mask(packing: Packing, docs: torch.Tensor) -> torch.Tensor:
     """The definition as (B, 1, n_packed, n_packed) bool, True: visible; docs (B, >= n_text) ids."""
-    position, pass_, place = packing.describe(docs.device)
+    position, pass_, offset = packing.describe(docs.device)
     docs = docs[:, None, position]  # a group belongs to its position's document
-    query = (position[:, None], pass_[:, None], place[:, None], docs[..., :, None])
-    return visible(query, (position, pass_, place, docs[..., None, :]))
+    query = (position[:, None], pass_[:, None], offset[:, None], docs[..., :, None])
+    return visible(query, (position, pass_, offset, docs[..., None, :]))

@@ -10,7 +10,8 @@ from data import prepare
 from nanoqstar.dataset import TokenDataset
 
 OUTPUT = ("meta.json", "tokenizer.json", "train.bin", "train.docs.npy", "val.bin", "val.docs.npy")
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "small", "birds", "sang", "in", "two", "tall", "trees", "by", "the", "old", "stone", "bridge"]
+TEXT = "the cat sat on a mat while seven small birds sang in two tall trees by the old stone bridge"
+WORDS = TEXT.split()
 
 
 def sentences(seed, n):

@@ -13,8 +13,8 @@ CHUNK = attention.POSITIONS_PER_CHUNK
 PACKINGS = [Packing(n_text=T + A - 1, n_positions=T, n_passes=P, n_branch=n) for T, A, P, n in [
     (1, 1, 1, 1), (5, 3, 2, 4), (CHUNK - 1, 1, 1, 2), (CHUNK, 2, 2, 3), (CHUNK + 1, 4, 3, 1),
     (2 * CHUNK + 5, 2, 2, 3)]]
-EVERY_PLACE = [(packing, place) for packing in PACKINGS
-               for place in [None, *range(packing.n_branch + 1)]]
+EVERY_OFFSET = [(packing, offset) for packing in PACKINGS
+               for offset in [None, *range(packing.n_branch + 1)]]
 TILED = [Packing(n_text=T + 1, n_positions=T, n_passes=P, n_branch=n)
          for T, P, n in [(200, 1, 4), (60, 3, 7)]]
 
@@ -22,12 +22,12 @@ TILED = [Packing(n_text=T + 1, n_positions=T, n_passes=P, n_branch=n)
 def name(value):
     if isinstance(value, Packing):
         return f"T{value.n_positions}-P{value.n_passes}-branch{value.n_branch}"
-    return "whole" if value is None else f"place{value}"
+    return "whole" if value is None else f"offset{value}"
 
 
-def random_qkv(packing, place, kv_heads=2, groups=3, dim=8, dtype=torch.float64, device="cpu",
+def random_qkv(packing, offset, kv_heads=2, groups=3, dim=8, dtype=torch.float64, device="cpu",
                batch=2):
-    n = len(query_rows(packing.describe()[2], place))
+    n = len(query_rows(packing.describe()[2], offset))
     gen = torch.Generator().manual_seed(0)
     shapes = ((kv_heads * groups, n), (kv_heads, packing.n_packed), (kv_heads, packing.n_packed))
     return [torch.randn(batch, *shape, dim, generator=gen).to(device, dtype).requires_grad_()
@@ -35,14 +35,14 @@ def random_qkv(packing, place, kv_heads=2, groups=3, dim=8, dtype=torch.float64,
 
 
 def random_docs(packing, batch=2):
-    """Row 0 is one document; the others break at places of their own."""
+    """Row 0 is one document; the others break at offsets of their own."""
     gen = torch.Generator().manual_seed(1)
     breaks = torch.rand(batch, packing.n_text + 1, generator=gen) < 0.2
     return (breaks * (torch.arange(batch) > 0)[:, None]).cumsum(1)
 
 
-def mask_of(packing, docs, place):
-    return dense_mask(packing, docs)[:, :, query_rows(packing.describe(docs.device)[2], place)]
+def mask_of(packing, docs, offset):
+    return dense_mask(packing, docs)[:, :, query_rows(packing.describe(docs.device)[2], offset)]
 
 
 def assert_same(ours, reference, qkv, tolerance, gradients=True):
@@ -57,19 +57,19 @@ def assert_same(ours, reference, qkv, tolerance, gradients=True):
             (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3))
 
 
-def at(attend, place):
-    return attend if place is None else attend.at(place)
+def at(attend, offset):
+    return attend if offset is None else attend.at(offset)
 
 
-@pytest.mark.parametrize(("packing", "place"), EVERY_PLACE, ids=name)
-def test_two_part_is_dense(packing, place):
-    docs, qkv = random_docs(packing), random_qkv(packing, place)
-    expected = dense(mask_of(packing, docs, place))(*qkv)
-    assert_same(at(TwoPart(packing, docs), place)(*qkv), expected, qkv, 1e-13)
+@pytest.mark.parametrize(("packing", "offset"), EVERY_OFFSET, ids=name)
+def test_two_part_is_dense(packing, offset):
+    docs, qkv = random_docs(packing), random_qkv(packing, offset)
+    expected = dense(mask_of(packing, docs, offset))(*qkv)
+    assert_same(at(TwoPart(packing, docs), offset)(*qkv), expected, qkv, 1e-13)
 
 
 def test_a_rollout_ignores_what_its_slots_held():
-    """At place 1, whatever lies in the slots of later places and other passes changes nothing."""
+    """At offset 1, whatever lies in the slots of later offsets and other passes changes nothing."""
     packing = PACKINGS[1]
     docs, (q, k, v) = random_docs(packing), random_qkv(packing, 1)
     later = packing.describe()[2] > 1
@@ -103,16 +103,16 @@ def test_text_mask_by_hand():
         [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]], [[[1, 0, 0], [0, 1, 0], [0, 1, 1]]]]
 
 
-def make_flex(packing, docs, place, device="cpu"):
-    return at(Flex(packing, docs.to(device)), place)
+def make_flex(packing, docs, offset, device="cpu"):
+    return at(Flex(packing, docs.to(device)), offset)
 
 
-@pytest.mark.parametrize("place", [None, 0, 1, 2], ids=name)
+@pytest.mark.parametrize("offset", [None, 0, 1, 2], ids=name)
 @pytest.mark.parametrize("packing", [*PACKINGS[1:3], *TILED], ids=name)
-def test_flex_mask_is_the_dense_mask(packing, place):
+def test_flex_mask_is_the_dense_mask(packing, offset):
     """Padded keys are seen by nobody, padded queries see one key, so that no softmax is empty."""
     docs = random_docs(packing)
-    flex, expected = make_flex(packing, docs, place), mask_of(packing, docs, place)
+    flex, expected = make_flex(packing, docs, offset), mask_of(packing, docs, offset)
     n_queries, n_keys = expected.shape[2:]
     lengths = [-(-n // 128) * 128 for n in (n_queries, n_keys)]
     mask = create_mask(flex.block_mask.mask_mod, 2, 1, *lengths, device="cpu")
@@ -120,18 +120,18 @@ def test_flex_mask_is_the_dense_mask(packing, place):
     assert not mask[..., n_keys:].any() and (mask[:, :, n_queries:].sum(-1) == 1).all()
 
 
-@pytest.mark.parametrize("place", [None, 0, 1, 4], ids=name)
+@pytest.mark.parametrize("offset", [None, 0, 1, 4], ids=name)
 @pytest.mark.parametrize("packing", TILED, ids=name)
-def test_tile_table_is_a_superset(packing, place):
+def test_tile_table_is_a_superset(packing, offset):
     """No visible pair lies outside the tiles; of the whole sequence's tiles most are left out."""
     one_document = torch.zeros(1, packing.n_text, dtype=torch.long)
-    block_mask = make_flex(packing, one_document, place).block_mask
+    block_mask = make_flex(packing, one_document, offset).block_mask
     table = tiles(block_mask.kv_num_blocks, block_mask.kv_indices)
-    mask = mask_of(packing, one_document, place)[0, 0]
+    mask = mask_of(packing, one_document, offset)[0, 0]
     mask = F.pad(mask, (0, -mask.shape[1] % 128, 0, -mask.shape[0] % 128))
     needed = mask.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).any(3).any(1)
     assert not (needed & ~table).any()
-    assert place is not None or table.sum() < 0.6 * table.numel()
+    assert offset is not None or table.sum() < 0.6 * table.numel()
     # the backward pass reads columns
     assert torch.equal(tiles(block_mask.q_num_blocks, block_mask.q_indices), table.T)
 
@@ -147,22 +147,22 @@ def test_tile_table_by_hand():
     """Tiles of 2: text 0 1 | text 2 3 | group 0 | group 1 | groups 2, 3 | padding; groups query."""
     far = 2**30
     position = torch.tensor([[0, 1], [2, 3], [0, 0], [1, 1], [2, 3], [0, 0]])
-    place = torch.tensor([[-1, -1], [-1, -1], [0, 1], [0, 1], [0, 0], [far, far]])
-    counts, indices = attention.tile_table(position[2:5], place[2:5], position, place)
+    offset = torch.tensor([[-1, -1], [-1, -1], [0, 1], [0, 1], [0, 0], [far, far]])
+    counts, indices = attention.tile_table(position[2:5], offset[2:5], position, offset)
     seen = [sorted(row[:n].tolist()) for row, n in zip(indices, counts, strict=True)]
     assert seen == [[0, 2], [0, 3], [0, 1, 4]]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("place", [None, 0, 1, 4], ids=name)
-def test_flex_is_dense_on_the_cpu(monkeypatch, place):
+@pytest.mark.parametrize("offset", [None, 0, 1, 4], ids=name)
+def test_flex_is_dense_on_the_cpu(monkeypatch, offset):
     """The mask, the padding and the cut, in eager mode; FlexAttention has no backward here."""
     monkeypatch.setattr(attention, "compiled_flex", lambda: flex_attention)
-    for packing in (PACKINGS[1], PACKINGS[5] if place != 4 else PACKINGS[1]):
-        docs, qkv = random_docs(packing), random_qkv(packing, place, dim=16, dtype=torch.float32)
+    for packing in (PACKINGS[1], PACKINGS[5] if offset != 4 else PACKINGS[1]):
+        docs, qkv = random_docs(packing), random_qkv(packing, offset, dim=16, dtype=torch.float32)
         with torch.no_grad():
-            ours = make_flex(packing, docs, place)(*qkv)
-            reference = dense(mask_of(packing, docs, place))(*qkv)
+            ours = make_flex(packing, docs, offset)(*qkv)
+            reference = dense(mask_of(packing, docs, offset))(*qkv)
         assert_same(ours, reference, qkv, 2e-6, gradients=False)
 
 
@@ -192,11 +192,11 @@ def test_documents_of_a_batch_compile_nothing(monkeypatch):
     packing, first = PACKINGS[1], 0
     for seed in range(3):
         docs = random_docs(packing) if seed else torch.arange(packing.n_text + 1).expand(2, -1)
-        for place in (None, 0, 1):
-            qkv = random_qkv(packing, place, dim=16, dtype=torch.float32)
+        for offset in (None, 0, 1):
+            qkv = random_qkv(packing, offset, dim=16, dtype=torch.float32)
             with torch.no_grad():
-                assert_same(at(Flex(packing, docs), place)(*qkv),
-                            dense(mask_of(packing, docs, place))(*qkv), qkv, 2e-6, gradients=False)
+                assert_same(at(Flex(packing, docs), offset)(*qkv),
+                            dense(mask_of(packing, docs, offset))(*qkv), qkv, 2e-6, gradients=False)
         first = first if seed else counters["stats"]["unique_graphs"]
     assert counters["stats"]["unique_graphs"] == first > 0
 
@@ -216,19 +216,19 @@ def test_a_forward_in_inference_mode_spoils_nothing():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)],
                          ids=["fp32", "bf16"])
-@pytest.mark.parametrize("place", [None, 0, 2], ids=name)
+@pytest.mark.parametrize("offset", [None, 0, 2], ids=name)
 @pytest.mark.parametrize("packing", TILED, ids=name)
-def test_flex_is_dense_on_cuda(packing, place, dtype, tolerance):
+def test_flex_is_dense_on_cuda(packing, offset, dtype, tolerance):
     """The compiled kernel, forward and backward, against fp32's dense mask, at Qwen2.5's groups."""
     docs = random_docs(packing).cuda()
-    qkv = random_qkv(packing, place, groups=7, dim=64, dtype=dtype, device="cuda")
+    qkv = random_qkv(packing, offset, groups=7, dim=64, dtype=dtype, device="cuda")
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         wide = [x.detach().float().requires_grad_() for x in qkv]
-        attend = at(packed_attention(packing, docs), place)
+        attend = at(packed_attention(packing, docs), offset)
         assert isinstance(attend, Flex)
-        ours, reference = attend(*qkv), dense(mask_of(packing, docs, place))(*wide)
+        ours, reference = attend(*qkv), dense(mask_of(packing, docs, offset))(*wide)
         cotangent = torch.randn(ours.shape, device="cuda").to(dtype)
         pairs = [(ours, reference), *zip(
             torch.autograd.grad(ours, qkv, cotangent),

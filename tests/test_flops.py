@@ -45,7 +45,7 @@ def test_useful_flops_are_those_that_torch_counts(shape):
     sampling, _ = flops.thinking_flops(shape.model, layout, n)
     pairs = layout.n_text * (layout.n_text + 1) // 2 + sum(
         (i + 1) * (1 + shape.n_passes * (layout.n_sampled - 1)) + 1 + shape.n_passes * sum(
-            place + 1 for place in range(1, layout.n_sampled)) for i in range(shape.max_length))
+            offset + 1 for offset in range(1, layout.n_sampled)) for i in range(shape.max_length))
     assert sampling == products(counter) + pair_flops(shape) * pairs
     with FlopCounterMode(display=False) as counter:
         loss, stats = model.loss(text, docs, thoughts, sampled_lp, counts, Objective())

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,8 @@ def test_every_kind_of_file_in_a_folder(run, tmp_path):
     latin = "caf\xe9".encode("latin-1")
     for name, content in (("image.png", b"\x89PNG\r\n\x1a\n\x00\xff"), ("latin.py", latin),
                           ("latin.txt", latin), ("h.json", b'{"any": "thing"}'),
-                          ("a.tar.gz", gzip.compress(b"text")), ("h.json.gz", gzip.compress(b"[]"))):
+                          ("a.tar.gz", gzip.compress(b"text")),
+                          ("h.json.gz", gzip.compress(b"[]"))):
         (source / name).write_bytes(content)
     (source / ".git").mkdir()
     (source / ".git" / "config").write_text("hidden")
@@ -75,7 +77,7 @@ def test_every_kind_of_file_in_a_folder(run, tmp_path):
     assert status == 0
     assert "skipped 6 of 14 files: .json, binary, or not UTF-8" in out
     folder = source / "out dir"
-    expected = [*sum(texts.values(), []), *plain.values(), "zipped\n"]
+    expected = [*chain(*texts.values()), *plain.values(), "zipped\n"]
     assert sorted(both(folder)) == sorted(expected)
     meta = TokenDataset(folder, "val").meta
     assert meta["val_fraction"] == 0.2
@@ -189,7 +191,7 @@ def test_a_wrong_text_field_is_refused_before_everything_is_read(tmp_path, run, 
     monkeypatch.setattr(sources, "text_of", lambda row, *rest, text_of=sources.text_of: (
         read.append(row) or text_of(row, *rest)))
     write_jsonl(tmp_path / "a.jsonl", sentences(1, 5000), field="body")
-    assert_refused(run("--input", tmp_path / "a.jsonl"), "line 1", "the fields body", "--text_field")
+    assert_refused(run("--input", tmp_path / "a.jsonl"), "line 1", "fields body", "--text_field")
     assert len(read) == sources.HOPELESS
 
 
@@ -268,7 +270,7 @@ def test_max_tokens_stops_at_the_first_document_end_past_it(run, tmp_path):
     tokenizer = Tokenizer.from_file(str(tmp_path / "cut" / "tokenizer.json"))
     assert n_tokens >= 500 > n_tokens - len(tokenizer.encode(texts[len(kept) - 1]).ids) - 1
     assert_refused(run(*args, 1, out="one"), "a split is empty, of 1 documents", "--max_tokens")
-    assert not (tmp_path / "one.partial").exists()  # so that the next --max_tokens meets no leftover
+    assert not (tmp_path / "one.partial").exists()  # no leftover for the next --max_tokens
 
 
 AS_A_SCRIPT = """
@@ -331,7 +333,7 @@ def test_the_split_does_not_depend_on_the_order_of_files(run, tmp_path):
 
 @pytest.mark.parametrize("n_chars", [10_000, 100_000, 1_000_000])
 def test_one_text_file_with_default_settings_trains(run, tmp_path, n_chars):
-    text = "".join(sentences(1, 12_000))[:n_chars]
+    text = "".join(sentences(1, 12_000))[:n_chars].rpartition("\n")[0] + "\n"
     (tmp_path / "book.txt").write_text(text)
     assert run("--input", tmp_path / "book.txt")[0] == 0
     window = load_config("text")[1].max_length + load_config("text")[1].n_ahead_talk
@@ -340,7 +342,7 @@ def test_one_text_file_with_default_settings_trains(run, tmp_path, n_chars):
     assert n_tokens["val"] < 0.5 * n_tokens["train"]
     if n_chars == 1_000_000:
         assert 2048 <= n_tokens["val"] < 0.05 * n_tokens["train"]
-    assert "".join(texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")) == text
+    assert sorted("".join(both(tmp_path / "out")).splitlines()) == sorted(text.splitlines())
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.99])
@@ -351,7 +353,7 @@ def test_neither_split_is_empty_where_there_are_two_documents(run, tmp_path, n, 
     assert run("--input", tmp_path / "a.jsonl", "--val_fraction", fraction)[0] == 0
     splits = [texts_of(tmp_path / "out", split) for split in ("train", "val")]
     assert all(splits)
-    assert sorted(sum(splits, [])) == sorted(texts)
+    assert sorted(chain(*splits)) == sorted(texts)
     few = splits[1] if fraction < 0.5 else splits[0]
     assert few == texts[-len(few):][::-1]
     assert len(few) < 3
@@ -400,8 +402,8 @@ def test_wrong_inputs_are_named(run, tmp_path, monkeypatch):
     assert_refused(given("latin.txt", b"caf\xe9 au lait"), "latin.txt is no UTF-8 text")
     assert_refused(given("16.txt", "a text".encode("utf-16")), "16.txt is no UTF-8 text")
     assert_refused(given("bad.jsonl", b'{"text": "a"}\n{"text": "b\n'), "line 2, is no JSON")
-    assert_refused(given("field.json", b'{"body": "a", "url": 5}\n'), "line 1, has no text in 'text'",
-                   "the fields body, url", "--text_field")
+    assert_refused(given("field.json", b'{"body": "a", "url": 5}\n'), "--text_field",
+                   "line 1, has no text in 'text', but the fields body, url")
     assert_refused(run("--input", tmp_path / "field.json", "--text_field", "url"),
                    "line 1, has no text in 'url'")
     assert_refused(given("cut.txt.gz", gzip.compress(b"text " * 1000)[:-20]),
@@ -415,7 +417,7 @@ def test_wrong_inputs_are_named(run, tmp_path, monkeypatch):
                    "no text in 'text', but the fields body, n")
     assert_refused(run("--input", tmp_path / "a.parquet", "--text_field", "n"), "no text in 'n'")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    assert_refused(run("--input", tmp_path / "a.parquet"), "needs pyarrow: pip install -e '.[data]'")
+    assert_refused(run("--input", tmp_path / "a.parquet"), "needs pyarrow: pip install")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -440,7 +442,7 @@ def test_wrong_tokenizers_are_named(run, tmp_path):
 def test_wrong_arguments_are_named(run, tmp_path):
     text = write_jsonl(tmp_path / "a.jsonl", sentences(1, 50))
     assert_refused(run("--min_scores", 3), "unknown option --min_scores; did you mean --min_score?")
-    assert_refused(run("--input", text, "--dataset_name", "a/b"), "--dataset_name is for", "leave it")
+    assert_refused(run("--input", text, "--dataset_name", "a/b"), "--dataset_name is for")
     assert_refused(run("--input", text, "--val_fraction", 1), "--val_fraction: must be less than 1")
     assert_refused(run("--input", text, "--max_tokens", 0), "--max_tokens: must be at least 1")
     (tmp_path / "out").mkdir()
@@ -584,7 +586,7 @@ def test_hub_json_lines_without_config(fake_hub, tmp_path):
                                      "fr/c4-train.json.gz": sentences(8, 9)})
     status, _, err = fake_hub("--dataset_name", "acme/c4", "--dataset_subset", "en")
     assert status == 0, err
-    assert sorted(both(tmp_path / "out")) == sorted(sum(files.values(), []))
+    assert sorted(both(tmp_path / "out")) == sorted(chain(*files.values()))
     assert downloads() == list(files)
 
 
@@ -599,7 +601,8 @@ def test_hub_errors_are_one_sentence(fake_hub, tmp_path, point_at, monkeypatch):
             (["--dataset_name", "acme/absent"], "acme/absent", "404"),
             (["--input", local, "--tokenizer", "./no/folder"], "there is no folder './no/folder'"),
             (["--dataset_name", "acme/broken"], "acme/broken", "the Hub answered 418"),
-            (["--dataset_name", "acme/two", "--dataset_subset", "fr"], "no subset 'fr'", "en, test"),
+            (["--dataset_name", "acme/two", "--dataset_subset", "fr"], "no subset 'fr'",
+             "en, test"),
             (["--dataset_name", "acme/two", "--dataset_subset", "test"], "no training files",
              "'test'")):
         assert_refused(fake_hub(*args), *words)

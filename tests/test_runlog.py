@@ -10,9 +10,12 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models
 
 from nanoqstar import InputError, files, runlog
 from nanoqstar.cli import Interrupted
+from nanoqstar.hf import Thinking, load_thinker
 from nanoqstar.runlog import RunLog, Signals, run_folder, start_wandb
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -58,10 +61,12 @@ def test_a_signal_is_noted_and_obeyed_when_asked(number, capsys):
 
 
 def test_a_signal_is_obeyed_at_once_where_nothing_can_be_lost():
+    def work():
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it goes on")
     with Signals().caught() as signals:
         with pytest.raises(Interrupted), signals.at_once():
-            os.kill(os.getpid(), signal.SIGTERM)
-            pytest.fail("it goes on")
+            work()
         assert not signals.now
 
 
@@ -113,7 +118,8 @@ def test_names_are_those_of_the_first_free_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("made", "kept"), [
-    ({}, False), ({"config.json": "{}", "data/train.bin": ""}, False), ({"metrics.jsonl": ""}, False),
+    ({}, False), ({"config.json": "{}", "data/train.bin": ""}, False),
+    ({"metrics.jsonl": ""}, False),
     ({"metrics.jsonl": '{"kind": "eval", "step": 0}\n'}, False),
     ({"metrics.jsonl": '{"kind": "eval", "step": 0}\n{"kind": "think", "step": 1}\n'}, True),
     ({"metrics.jsonl": "", "base/config.json": "{}"}, True),
@@ -121,11 +127,13 @@ def test_names_are_those_of_the_first_free_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [InputError("bad"), Interrupted(2), OSError("full")])
 def test_a_failed_start_leaves_no_folder_and_a_failed_run_what_it_learned(tmp_path, made, kept,
                                                                           error):
-    with pytest.raises(type(error)), run_folder(str(tmp_path / "x"), "x") as out:
+    def start(out):
         for name, text in made.items():
             (out / name).parent.mkdir(exist_ok=True)
             (out / name).write_text(text)
         raise error
+    with pytest.raises(type(error)), run_folder(str(tmp_path / "x"), "x") as out:
+        start(out)
     assert out.exists() == kept and not (out / ".lock").exists()
 
 
@@ -149,16 +157,20 @@ def test_rows_are_there_when_they_are_written(log, tmp_path):
 
 
 def test_speed_is_that_since_the_last_row(log, tmp_path, clock, capsys):
+    log.peak = 6e12
     log.start_clock(10)
     clock[0] += 8
-    log.update("think", 14, 20, 1000, 3e12, 6e12, STATS)
+    log.update("think", 14, 20, 1000, 3e12, None, STATS)
     clock[0] += 1
-    log.update("think", 15, 20, 1000, 3e12, None, STATS | {"skipped": 2})
+    log.peak = None
+    thoughts = torch.tensor([[[[1, 2], [1, 2]], [[3, 4], [2, 1]]]])  # three of the four
+    log.update("think", 15, 20, 1000, 3e12, thoughts, STATS | {"skipped": 2})
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert (first["seconds"], first["tokens_per_second"], first["tflops"], first["mfu"]) == (
         2, 500, 1.5, 0.25)
     assert (second["seconds"], second["tokens_per_second"], second["tflops"]) == (1, 1000, 3)
     assert "mfu" not in second and second["skipped"] == 2
+    assert second["distinct"] == 0.75 and "distinct" not in first
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("think    14/20  base 1.500  gnorm 0.50")
     assert "MFU 25%" in printed[0] and "skipped" not in printed[0] and "skipped 2" in printed[1]
@@ -172,7 +184,8 @@ def test_pretraining_speaks_when_nothing_was_said_for_some_seconds(log, clock, c
         log.update("pretrain", step, 12, 1000, 1e9, None, STATS)
     said = capsys.readouterr().out.splitlines()
     assert [line[:16] for line in said] == ["begin", "pretrain     5/1", "pretrain    10/1"]
-    log.update("think", 1, 12, 1000, 1e9, None, STATS)
+    clock[0] += 1
+    log.update("think", 13, 14, 1000, 1e9, None, STATS)
     assert "think" in capsys.readouterr().out
 
 
@@ -207,12 +220,65 @@ def test_lines_on_a_full_disk_are_let_go(log, monkeypatch):
     log.say("a line")
 
 
+# ---- checkpoints
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(banned=()).float()
+
+
+@pytest.fixture
+def tokenizer():
+    return Tokenizer(models.WordLevel({chr(97 + i): i for i in range(20)}, unk_token="a"))
+
+
+def test_saved_is_what_can_be_loaded(log, model, tokenizer):
+    assert log.kept == "nothing is saved"
+    log.save("pretrain", 7, model, tokenizer, None, None)
+    assert log.kept == f"update 7 is saved in {log.folder / 'base'}"
+    log.save("think", 3, model, tokenizer, Thinking(6, 2, 0.5), None)
+    assert log.saved == (log.folder / "checkpoint", 3)
+    for name, step, thinking in (("base", 0, Thinking()), ("checkpoint", 3, Thinking(6, 2, 0.5))):
+        _, _, settings = load_thinker(log.folder / name)
+        assert (settings.step, settings.thinking, settings.config) == (step, thinking, {"seed": 0})
+
+
+def test_a_broken_model_does_not_replace_a_good_one(log, model, tokenizer, capsys):
+    log.save("think", 3, model, tokenizer, Thinking(6, 2), None)
+    with torch.no_grad():
+        model.lm.head_weight[0, 0] = float("inf")
+    log.save("think", 4, model, tokenizer, Thinking(6, 2), None)
+    assert load_thinker(log.folder)[2].step == 3 and log.saved == (log.folder / "checkpoint", 3)
+    assert capsys.readouterr().err == (
+        "warning: update 4 is not saved: its weights are not finite\n")
+
+
+def test_whatever_ends_a_run_says_what_is_kept(log):
+    with (pytest.raises(Interrupted, match=r"^interrupted; nothing is saved$") as end,
+          log.saying_what_is_kept()):
+        raise Interrupted(15)
+    assert end.value.number == 15
+    log.saved = Path("x/checkpoint"), 9
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA"),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        with (pytest.raises(InputError, match=r"memory is used up.*; update 9 is saved in x/check"),
+              log.saying_what_is_kept()):
+            raise error
+    with pytest.raises(RuntimeError, match=r"^a defect$"), log.saying_what_is_kept():
+        raise RuntimeError("a defect")
+
+
 # ---- W&B
 
 
-def test_wandb_gets_every_row_with_its_step(tmp_path, capsys):
-    logged = []
-    log = RunLog(tmp_path, {}, types.SimpleNamespace(log=lambda v, step: logged.append((v, step))))
+def test_wandb_gets_every_row_with_its_step(tmp_path, monkeypatch, capsys):
+    logged, inits = [], []
+    fake = types.SimpleNamespace(log=lambda values, step: logged.append((values, step)),
+                                 init=lambda **options: inits.append(options) or fake)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = RunLog(tmp_path, {}, start_wandb("tiny", {"seed": 1}))
+    assert inits == [{"project": "nanoqstar", "name": "tiny", "config": {"seed": 1}}]
     log.write("pretrain", 3, nll_base=2.0)
     log.offset = 3
     log.write("eval", 0, gain=0.0)

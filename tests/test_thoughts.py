@@ -47,7 +47,7 @@ def test_mask_by_hand():
 
 def test_predicate_by_hand():
     """`visible` on its own, called with plain numbers, against the same matrix."""
-    branch = [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]  # (pass, place)
+    branch = [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]  # (pass, offset)
     tokens = [(i, -1, -1, 0) for i in range(4)]
     tokens += [(i, *what, 0) for i in range(3) for what in [(-1, 0), *branch]]
     tokens = [tuple(map(torch.tensor, token)) for token in tokens]
@@ -82,10 +82,10 @@ def test_rope_positions_by_hand():
 
 
 def test_describe_by_hand():
-    position, pass_, place = LAYOUT.packing.describe()
+    position, pass_, offset = LAYOUT.packing.describe()
     assert position.tolist() == [0, 1, 2, 3] + 7 * [0] + 7 * [1] + 7 * [2]
     assert pass_.tolist() == 4 * [-1] + 3 * [-1, 0, 0, 0, 1, 1, 1]
-    assert place.tolist() == 4 * [-1] + 3 * [0, 1, 2, 3, 1, 2, 3]
+    assert offset.tolist() == 4 * [-1] + 3 * [0, 1, 2, 3, 1, 2, 3]
 
 
 def test_pack_by_hand():
