@@ -61,12 +61,8 @@ class DatasetWriter:
     def __enter__(self) -> "DatasetWriter":
         return self
 
-    def __exit__(self, failed: type | None, *error: object) -> None:
-        try:
-            self._open.close()
-        except OSError:  # a full disk does not take the rest
-            if not failed:
-                raise
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
 
     def _cut(self) -> None:
         """Drops what the files hold beyond the counts."""

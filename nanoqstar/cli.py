@@ -64,8 +64,8 @@ def types_of(f: dataclasses.Field) -> tuple[tuple[type, ...], tuple[str, ...] | 
     """(accepted types, choices or None): `X | None` gives X and NoneType, Literal its choices."""
     if typing.get_origin(f.type) is Literal:
         return (str,), typing.get_args(f.type)
-    kind = f.type
-    return (typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)), None  # type: ignore
+    kind: Any = f.type
+    return (typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)), None
 
 
 def check(settings: Any) -> None:

@@ -83,7 +83,8 @@ class _WeightedLogProbs(torch.autograd.Function):
     """Computes the gradient along with the value, so that each chunk of logits exists once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, row_weights, temperature, banned, exact):  # type: ignore
+    def forward(ctx, hidden, weight, targets,  # type: ignore
+                row_weights, temperature, banned, exact):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         log_probs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)

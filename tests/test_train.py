@@ -488,7 +488,7 @@ def test_a_last_save_that_fails_says_what_is_kept(tmp_path, monkeypatch, capsys)
 
 def test_a_model_that_an_update_has_broken_is_not_saved(tmp_path, capsys):
     out = tmp_path / "x"
-    assert start(out, learning_rate=1e30, warmup_steps=0, max_steps=3) == 2
+    assert start(out, learning_rate=1e300, warmup_steps=0, max_steps=3) == 2
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("warning: update ") and "not finite" in said[0]
     assert said[-1].startswith("error: ") and len(said) == 2
