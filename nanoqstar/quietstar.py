@@ -133,13 +133,13 @@ class QuietStar(nn.Module):
     def _rollout(self, text: torch.Tensor, docs: torch.Tensor, uniforms: torch.Tensor
                  ) -> tuple[torch.Tensor, torch.Tensor]:
         layout = ThoughtLayout.of(text, uniforms)
-        packing, batch = layout.rollout_packing, len(text)
+        packing, n_windows = layout.rollout_packing, len(text)
         rope, attend = packing.rope_positions(text.device), packed_attention(packing, docs)
-        start = self.start_embedding.expand(batch, layout.n_positions, -1)
+        start = self.start_embedding.expand(n_windows, layout.n_positions, -1)
         x = torch.cat((self.lm.embed(text[:, :layout.n_text]), start), dim=1)
         thoughts = torch.empty_like(uniforms, dtype=torch.long)
         sampled_lp = torch.empty_like(uniforms, dtype=torch.promote_types(x.dtype, torch.float32))
-        cache = KVCache(self.lm.config, batch, packing.n_packed, text.device, compute_dtype(x))
+        cache = KVCache(self.lm.config, n_windows, packing.n_packed, text.device, compute_dtype(x))
         for step in range(layout.n_sampled):
             cache.slots = packing.rows(step, text.device)
             hidden = self.lm(x, rope[cache.slots], attend.at(step), cache)
@@ -149,7 +149,7 @@ class QuietStar(nn.Module):
             sampled = sample_tokens(rows.flatten(0, 1), self.lm.head_weight, draws,
                                     self.thought_temperature, self.banned)
             for out, new in zip((thoughts, sampled_lp), sampled, strict=True):
-                by_position = new.view(batch, layout.n_positions, layout.n_passes)
+                by_position = new.view(n_windows, layout.n_positions, layout.n_passes)
                 out[..., step] = by_position.transpose(1, 2)
             x = thoughts[..., step].transpose(1, 2).flatten(1)
         return thoughts, sampled_lp

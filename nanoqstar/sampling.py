@@ -58,14 +58,14 @@ class Decoder:
     n_text: the most tokens of a prompt and what follows it. n_ahead: K; 0 for no thoughts.
     """
 
-    def __init__(self, model: QuietStar, batch: int, n_text: int, n_ahead: int) -> None:
+    def __init__(self, model: QuietStar, n_prompts: int, n_text: int, n_ahead: int) -> None:
         self.model, self.n_ahead, self.head = model, n_ahead, model.lm.head_weight
         device, n_slots = self.head.device, n_ahead + n_text
         n_slots += -n_slots % SLOTS
-        self.cache = KVCache(model.lm.config, batch, n_slots, device, compute_dtype(self.head))
+        self.cache = KVCache(model.lm.config, n_prompts, n_slots, device, compute_dtype(self.head))
         self.slot = torch.arange(n_slots, device=device)
-        self.pads = torch.zeros(batch, dtype=torch.long, device=device)  # left of each prompt
-        self.is_text = torch.zeros(batch, 1, 1, n_slots, dtype=torch.bool, device=device)
+        self.pads = torch.zeros(n_prompts, dtype=torch.long, device=device)  # left of each prompt
+        self.is_text = torch.zeros(n_prompts, 1, 1, n_slots, dtype=torch.bool, device=device)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Reads prompts (none empty) but their last tokens; returns those (B,) and their number ().

@@ -93,8 +93,8 @@ class ThoughtLayout:
     @classmethod
     def of(cls, text: torch.Tensor, thoughts: torch.Tensor) -> "ThoughtLayout":
         """Read off the shapes of text (B, T+A) and of thoughts or their uniforms (B, P, T, S)."""
-        batch, n_passes, n_positions, n_sampled = thoughts.shape
-        assert len(text) == batch, (text.shape, thoughts.shape)
+        n_windows, n_passes, n_positions, n_sampled = thoughts.shape
+        assert len(text) == n_windows, (text.shape, thoughts.shape)
         return cls(n_sampled + 2, text.shape[1] - n_positions, n_passes, n_positions)
 
     @property
@@ -124,11 +124,11 @@ class ThoughtLayout:
         text: (B, T+A). thoughts: (B, P, T, S). Returns ids (B, n_packed), is_start and is_end
         (n_packed,) bool.
         """
-        batch = len(text)
-        expected = (batch, self.n_passes, self.n_positions, self.n_sampled)
+        n_windows = len(text)
+        expected = (n_windows, self.n_passes, self.n_positions, self.n_sampled)
         assert thoughts.shape == expected, thoughts.shape
-        assert text.shape == (batch, self.n_positions + self.n_ahead_talk), text.shape
-        ids = text.new_zeros(batch, self.packing.n_packed)
+        assert text.shape == (n_windows, self.n_positions + self.n_ahead_talk), text.shape
+        ids = text.new_zeros(n_windows, self.packing.n_packed)
         base, _, branches = self.packing.split(ids)  # views: filling them fills ids
         base.copy_(text[:, :self.n_text])
         branches[..., :self.n_sampled] = thoughts
