@@ -78,7 +78,7 @@ class TrainConfig:
         "all", "control experiment: what learns; thoughts: start, end and mixing head")
 
     # ---- optimization
-    max_steps: int = setting(100_000, "updates", at_least=1)
+    max_steps: int = setting(100_000, "updates", at_least=1, at_most=10**9)
     batch_size: int = setting(1, "windows per forward", at_least=1)
     grad_accum: int = setting(1, "forwards per update; equals one batch of batch_size * grad_accum "
                               "windows", at_least=1)

@@ -103,9 +103,9 @@ def read_info(folder: Path) -> tuple[int, dict[str, Any]]:
     file = folder / "nanoqstar.json"
     info = read_json(file) if file.exists() else {}
     step, config = info.get("step", 0), info.get("config") or {}
-    if type(step) is not int or step < 0 or not isinstance(config, dict):
-        raise InputError(f"{file} is damaged: it must hold a step, an integer from 0 on, and a "
-                         "config, an object")
+    if type(step) is not int or not 0 <= step < 2**31 or not isinstance(config, dict):
+        raise InputError(f"{file} is damaged: it must hold a step, an integer from 0 to 2^31, and "
+                         "a config, an object")
     return step, config
 
 

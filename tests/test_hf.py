@@ -182,7 +182,8 @@ def test_damaged_thinking(folder, metadata):
 
 
 @pytest.mark.parametrize("content", [
-    "{", "[]", "\xff", '{"step": "3"}', '{"step": -1}', '{"step": true}', '{"config": [1]}',
+    "{", "[]", "\xff", '{"step": "3"}', '{"step": -1}', '{"step": 9999999999}',
+    '{"step": true}', '{"config": [1]}',
     '{"config": {"n_ahead": [8]}}', '{"config": {"n_ahead": 1e999}}',
     '{"a": ' + "[" * 10**5 + "]" * 10**5 + "}"])
 def test_damaged_information(folder, content):
