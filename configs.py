@@ -20,13 +20,16 @@ class TrainConfig:
     # ---- model and data
     model_path: str | None = setting(
         None, "folder or Hub id to start from: Qwen2, Mistral, an earlier run, or an official "
-        "Quiet-STaR checkpoint; none: a new model of the sizes below, pre-trained first")
+        "Quiet-STaR checkpoint; none: a new model of the sizes below, pre-trained first",
+        at_least=1)
     tokenizer: str | None = setting(
         None, "folder or Hub id of the tokenizer; none: the one in model_path",
-        when=When("model_path", lambda c: c.model_path is not None))
-    data: str = setting("fold", "folder made by data/prepare.py, or 'fold', the embedded corpus")
+        when=When("model_path", lambda c: c.model_path is not None), at_least=1)
+    data: str = setting("fold", "folder made by data/prepare.py, or 'fold', the embedded corpus",
+                        at_least=1)
     out_dir: str | None = setting(
-        None, "where the run is kept; none: out/PRESET, or out/PRESET-2 .. if that is taken")
+        None, "where the run is kept; none: out/PRESET, or out/PRESET-2 .. if that is taken",
+        at_least=1)
     seed: int = setting(0, "of data order, thoughts and new weights", at_least=0, below=2**63)
     device: Device = setting("auto", AUTO)
     threads: int | None = setting(None, "CPU threads; none: a core each, two at most for a small "
@@ -54,11 +57,11 @@ class TrainConfig:
         3.0, "temperature of the log-probs in the policy term (official: 3)", at_least=1e-3,
         when=THOUGHTS)
     base_weight: float = setting(0.5, "weight of the NLL without thoughts (official: 0.5)",
-                                 at_least=0, when=THOUGHTS)
+                                 at_least=0, when=THOUGHTS, at_most=1e12)
     mixed_weight: float = setting(0.5, "weight of the NLL with thoughts (official: 0.5)",
-                                  at_least=0, when=THOUGHTS)
+                                  at_least=0, when=THOUGHTS, at_most=1e12)
     policy_weight: float = setting(1e6, "weight of the REINFORCE term (official: 1e6)", at_least=0,
-                                   when=THOUGHTS)
+                                   when=THOUGHTS, at_most=1e12)
     clamp_advantage: bool = setting(True, "drop negative advantages (official: true)",
                                     when=THOUGHTS)
     normalize_advantage: bool = setting(
@@ -78,17 +81,19 @@ class TrainConfig:
         "all", "control experiment: what learns; thoughts: start, end and mixing head")
 
     # ---- optimization
-    max_steps: int = setting(100_000, "updates", at_least=1, at_most=10**9)
+    max_steps: int = setting(100_000, "updates of this run", at_least=1, at_most=10**9)
     batch_size: int = setting(1, "windows per forward", at_least=1)
     grad_accum: int = setting(1, "forwards per update; equals one batch of batch_size * grad_accum "
                               "windows", at_least=1)
-    learning_rate: float = setting(1e-6, "of AdamW after warmup (official: 1e-6)", above=0)
+    learning_rate: float = setting(1e-6, "of AdamW after warmup (official: 1e-6)", above=0,
+                                   at_most=1000)
     warmup_steps: int = setting(20, "updates of linear warmup (official: 20)", at_least=0)
     schedule: Literal["constant", "cosine"] = setting(
         "constant", "after warmup; cosine: down to a tenth (official: constant)")
     beta2: float = setting(0.999, "of AdamW; beta1 is 0.9", above=0, below=1)
     weight_decay: float = setting(
-        0.001, "of matrices; norms and biases have none (official: 0.001)", at_least=0)
+        0.001, "of matrices; norms and biases have none (official: 0.001)", at_least=0,
+        at_most=1000)
     grad_clip: float = setting(1.0, "largest gradient norm; unlike the official code's, it counts "
                                "start and end embedding at their own scale (official: 1)", above=0)
 
@@ -103,11 +108,11 @@ class TrainConfig:
     embedding_std: float = setting(0.1, "standard deviation of its embedding at the start",
                                    at_least=0, at_most=100, when=NEW_MODEL)
     pretrain_steps: int = setting(600, "updates of pre-training, cosine down to a tenth",
-                                  at_least=0, when=NEW_MODEL)
+                                  at_least=0, when=NEW_MODEL, at_most=10**9)
     pretrain_batch_size: int = setting(32, "windows per pre-training update", at_least=1,
                                        when=NEW_MODEL)
     pretrain_learning_rate: float = setting(2e-3, "after 30 updates of warmup", above=0,
-                                            when=NEW_MODEL)
+                                            when=NEW_MODEL, at_most=1000)
 
     # ---- the embedded corpus
     fold_operands: int = setting(4, "letters of a problem", at_least=2, at_most=8, when=FOLD)
@@ -199,7 +204,7 @@ PRESETS = {
     "mistral_7b_paper": Preset(replace(
         H200, model_path="mistralai/Mistral-7B-v0.1", data="data/open-web-math-mistral", n_ahead=11,
         n_passes=2, max_length=252, grad_accum=8, max_steps=100, save_every=25),
-        "1 H200 or several GPUs", "116 GB + activations",
+        "1 H200", "116 GB + activations",
         "the official run: 256 tokens, 8 texts an update, official 12/4"),
 }
 
@@ -234,11 +239,12 @@ class SampleConfig:
     prompt: str | None = setting(None, "text to continue, taken as it is; none: ask for prompts, "
                                  "one after the other")
     model_path: str | None = setting(None, "a run's folder, a checkpoint, a model folder or a Hub "
-                                     "id; none: the newest run in out/")
+                                     "id; none: the newest run in out/", at_least=1)
     tokenizer: str | None = setting(
-        None, "folder or Hub id of the tokenizer; none: the model's own")
+        None, "folder or Hub id of the tokenizer; none: the model's own", at_least=1)
     max_new_tokens: int = setting(100, "tokens to write", at_least=1)
-    temperature: float = setting(1.0, "of the text; 0: always the likeliest token", at_least=0)
+    temperature: float = setting(1.0, "of the text; 0: always the likeliest token", at_least=0,
+                                 at_most=1000)
     top_k: int | None = setting(None, "draw from the k likeliest tokens only", at_least=1)
     top_p: float | None = setting(None, "draw from the fewest tokens whose probabilities reach p",
                                   above=0, at_most=1)
@@ -260,11 +266,11 @@ class SampleConfig:
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     input: str | None = setting(None, "a .txt, .jsonl, .parquet (also .gz) or other text file, or "
-                                "a folder of them; none: a Hugging Face dataset")
-    dataset_name: str = setting("HuggingFaceFW/fineweb-edu", "its id", when=DATASET)
+                                "a folder of them; none: a Hugging Face dataset", at_least=1)
+    dataset_name: str = setting("HuggingFaceFW/fineweb-edu", "its id", when=DATASET, at_least=1)
     dataset_subset: str | None = setting(None, "its config or folder; none: sample-10BT of "
-                                         "FineWeb-Edu, else default", when=DATASET)
-    text_field: str = setting("text", "column or key of the text")
+                                         "FineWeb-Edu, else default", when=DATASET, at_least=1)
+    text_field: str = setting("text", "column or key of the text", at_least=1)
     min_score: int = setting(3, "least int_score of a document, where the data has one")
     max_tokens: int | None = setting(200_000_000, "stop after the document that reaches this many; "
                                      "none: take all", at_least=1)
@@ -273,9 +279,10 @@ class PrepareConfig:
     strict: bool = setting(False, "refuse a file with bytes that are no UTF-8 or lines that are no "
                            "JSON, instead of leaving those out")
     tokenizer: str = setting("Qwen/Qwen2.5-3B", "folder or Hub id with a tokenizer.json, or "
-                             "train:N for a new byte-level BPE of N entries, trained on the text")
+                             "train:N for a new byte-level BPE of N entries, trained on the text",
+                             at_least=1)
     out: str | None = setting(
-        None, "folder to make; none: named after the input or dataset, in data/")
+        None, "folder to make; none: named after the input or dataset, in data/", at_least=1)
 
     def __post_init__(self) -> None:
         check(self)

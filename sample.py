@@ -29,8 +29,8 @@ from nanoqstar.tokenizer import beginning_ids, encode, end_of_text_id
 
 
 def newest_run() -> Path:
-    """The checkpoint written last under out/; its `.old` where a save ended between two renames."""
-    written = [file for name in ("checkpoint", "checkpoint.old")
+    """The checkpoint written last under out/, or put aside where a save ended midway."""
+    written = [file for name in ("checkpoint", "checkpoint.partial/nanoqstar.old")
                for file in Path("out").glob(f"**/{name}/nanoqstar.json")]
     if not written:
         raise InputError("there is no finished run under out/: train one (python train.py), or "

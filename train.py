@@ -31,6 +31,7 @@ if __name__ == "__main__":  # --help and typos are answered before torch is impo
 import dataclasses
 import math
 import os
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -195,12 +196,15 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> None:
             if in_a_row == MAX_SKIPPED:
                 raise InputError(
                     f"the gradient was not finite {MAX_SKIPPED} updates in a row (update {done}): "
-                    "lower learning_rate or policy_weight; these updates changed nothing")
+                    f"lower {'pretrain_' * (phase == 'pretrain')}learning_rate or policy_weight; "
+                    "these updates changed nothing")
             if done % cfg.log_every == 0 or done == last:
                 work = flops.of_update(model.lm.config, n_windows, cfg.max_length, cfg.n_ahead,
                                        cfg.n_ahead_talk, cfg.n_passes, float(stats.get("live", 1)))
                 log.update(phase, done, last, n_windows * cfg.max_length, work, thoughts, stats | {
                     "grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped})
+            else:
+                log.sign_of_life(phase, done, last)
             if done % cfg.save_every == 0 and done < last:
                 this.save(phase, done)
     except BaseException:
@@ -231,6 +235,9 @@ def evaluate_now(this: Run, step: int, rollout: Rollout, final: bool = False) ->
         if is_fold:
             fold.add_answers(report, scores, this.model, final, seed=cfg.seed,
                              operands=cfg.fold_operands, operations=cfg.fold_operations)
+    if not math.isfinite(report.summary["nll_base"]):
+        raise InputError(f"the predictions are not finite at update {step}: lower learning_rate, "
+                         f"or pretrain_learning_rate; {this.log.kept}")
     this.log.write("eval", step, **report.summary)
     for line in evaluate.lines(report, scores, this.tokenizer, step, final):
         this.log.say(line)
@@ -256,10 +263,11 @@ def check(cfg: TrainConfig):
         check_memory(cfg, config, device)
         loaded = hf.load_thinker(cfg.model_path, device, tokenizer=cfg.tokenizer)
         taught = loaded[2].config
-        if cfg.data == taught.get("data") == "fold" and cfg.seed != taught.get("seed", cfg.seed):
-            raise InputError(
-                f"{cfg.model_path} learned the table of --seed {taught.get('seed')}: with --seed "
-                f"{cfg.seed} the same letters would have other answers")
+        for name in ("seed", "fold_operations", "fold_ordinary_frac"):  # its table and alphabet
+            ours, its = getattr(cfg, name), taught.get(name, getattr(cfg, name))
+            if cfg.data == taught.get("data") == "fold" and ours != its:
+                raise InputError(f"{cfg.model_path} learned the embedded corpus of --{name} {its}: "
+                                 f"with {ours} its letters would mean something else")
     pick_threads(cfg.threads, loaded[0].lm.config.hidden_size if loaded else cfg.hidden_size)
     return device, splits, loaded
 
@@ -296,16 +304,12 @@ def new_model_config(cfg: TrainConfig, vocab_size: int) -> Qwen2Config:
 
 def prepare(cfg: TrainConfig, log: RunLog, signals: Signals, device: torch.device,
             splits: dict[str, TokenDataset] | None, loaded) -> Run:
-    """Data and model, ready to train."""
+    """Model and data, ready to train."""
     if splits is None:
-        n_val = cfg.eval_windows * (cfg.max_length + cfg.n_ahead_talk)
-        fold.prepare(log.folder / "data", seed=cfg.seed, n_train=cfg.fold_tokens, n_val=n_val,
-                     operands=cfg.fold_operands, operations=cfg.fold_operations,
-                     ordinary=cfg.fold_ordinary_frac, worked=cfg.fold_worked_frac,
-                     restated=cfg.fold_restated_frac)
-        splits = open_splits(cfg, log.folder / "data")
-    data = splits["train"]
-    tokenizer, origin = load_tokenizer(data.tokenizer_path.parent), None
+        alphabet = fold.vocabulary(cfg.fold_operations, cfg.fold_ordinary_frac)
+        tokenizer, origin = Tokenizer.from_str(fold.tokenizer_json(alphabet)), None
+    else:
+        tokenizer, origin = load_tokenizer(splits["train"].tokenizer_path.parent), None
     if loaded is None:
         config = new_model_config(cfg, tokenizer.get_vocab_size())
         hf.check_context(config, cfg.max_length + cfg.n_ahead_talk + cfg.n_ahead)
@@ -316,30 +320,38 @@ def prepare(cfg: TrainConfig, log: RunLog, signals: Signals, device: torch.devic
         model, its_tokenizer, origin = loaded
         if its_tokenizer.to_str() != tokenizer.to_str():
             raise InputError(
-                f"{data.tokenizer_path} is not the tokenizer of {cfg.model_path}: prepare the data "
-                f"again with --tokenizer {cfg.tokenizer or cfg.model_path}")
+                f"the data's tokenizer is not that of {cfg.model_path}: prepare the data again "
+                f"with --tokenizer {cfg.tokenizer or origin.folder}")
     model.thought_temperature = cfg.thought_temperature
     if device.type == "cuda" and model.lm.config.head_dim < 16:
         raise InputError(f"heads of {model.lm.config.head_dim} numbers: attention on a GPU needs "
                          "16 or more; lower n_heads, or raise hidden_size")
+    init_thoughts(model, tokenizer, origin, cfg)
+    if splits is None:
+        n_val = cfg.eval_windows * (cfg.max_length + cfg.n_ahead_talk)
+        fold.prepare(log.folder / "data", seed=cfg.seed, n_train=cfg.fold_tokens, n_val=n_val,
+                     operands=cfg.fold_operands, operations=cfg.fold_operations,
+                     ordinary=cfg.fold_ordinary_frac, worked=cfg.fold_worked_frac,
+                     restated=cfg.fold_restated_frac)
+        splits = open_splits(cfg, log.folder / "data")
+    data = splits["train"]
     if (first := beginning_ids(tokenizer)) and "beginning_ids" not in data.meta:
         log.say(f"warning: {cfg.data} was prepared without the beginning-of-text token "
                 f"({tokenizer.decode(first, skip_special_tokens=False)}) that this model knows "
                 "before every document: prepare it again")
-    this = Run(cfg, log, signals, splits, model, tokenizer, origin)
-    init_thoughts(this)
     speed_up(model, device, cfg.checkpointing, cfg.compile)
     log.say(f"{log.folder}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, "
             f"{data.n_tokens:,} training tokens, {device}, {torch.get_num_threads()} threads")
-    return this
+    return Run(cfg, log, signals, splits, model, tokenizer, origin)
 
 
-def init_thoughts(this: Run) -> None:
+def init_thoughts(model: QuietStar, tokenizer: Tokenizer, origin: hf.Settings | None,
+                  cfg: TrainConfig) -> None:
     """Fresh start, end and mixing head; those of an earlier run are never initialised again."""
-    if this.origin is None or not this.origin.thinking.n_ahead:
-        start, end = (encode(this.tokenizer, getattr(this.cfg, name), name)
+    if origin is None or not origin.thinking.n_ahead:
+        start, end = (encode(tokenizer, getattr(cfg, name), name)
                       for name in ("start_init_text", "end_init_text"))
-        this.model.init_thoughts(start, end, this.cfg.seed)
+        model.init_thoughts(start, end, cfg.seed)
 
 
 def pretrain(this: Run) -> None:
@@ -352,8 +364,9 @@ def pretrain(this: Run) -> None:
         batch_size=cfg.pretrain_batch_size, grad_accum=1, learning_rate=cfg.pretrain_learning_rate,
         warmup_steps=30, schedule="cosine", beta2=0.99, weight_decay=0.01, save_every=1000),
         "pretrain")
-    init_thoughts(this)  # from the embeddings as they are now
-    this.log.offset = cfg.pretrain_steps
+    # from the embeddings as they are now
+    init_thoughts(this.model, this.tokenizer, None, cfg)
+    this.log.pretrained = cfg.pretrain_steps
 
 
 def finish(this: Run) -> None:
@@ -361,11 +374,12 @@ def finish(this: Run) -> None:
     cfg, log, last = this.cfg, this.log, this.first + this.cfg.max_steps
     evaluate_now(this, last, rollout_of(this), final=True)
     log.write("end", last, seconds=log.seconds)
-    words = " --show_thoughts" * (cfg.n_ahead > 0)
+    words, answer = " --show_thoughts" * (cfg.n_ahead > 0), ""
     if cfg.data == "fold":
-        words += fold.example(cfg.fold_operands, cfg.fold_operations, cfg.seed)
-    log.say(f"{log.seconds:.0f} s in all. Try it: python sample.py --model_path {log.folder}"
-            + words)
+        options, letter = fold.example(cfg.fold_operands, cfg.fold_operations, cfg.seed)
+        words, answer = words + options, f" (right is {letter})"
+    log.say(f"{log.seconds:.0f} s in all. Try it{answer}:\n"
+            f"python sample.py --model_path {shlex.quote(str(log.folder))}{words}")
     if log.saved != (log.folder / "checkpoint", last):
         raise InputError(f"update {last} could not be saved, for want of room or of rights in "
                          f"{log.folder}; {log.kept}")

@@ -216,7 +216,7 @@ def measure(scores: TextScores, *, seed: int, operands: int, operations: int,
 
     scores: of windows of this corpus, choices among LETTERS.  Returns {style: {n, accuracy_base,
     accuracy_mixed, nll_base, nll_mixed, mix}}, "thoughts": {kind: share}, "mix_elsewhere": mean
-    mixing weight off the answers; and a few direct answers' offsets (window, position) to show.
+    mixing weight off the answers; and (window, position) of a few direct answers to show.
     """
     squares, n_positions = latin_squares(seed, operations), scores.base_lp.shape[1]
     rows: dict[str, list[tuple[float, ...]]] = {}
@@ -313,7 +313,7 @@ def table_rows(answers: dict[str, Any], greedy: dict[str, Any]) -> list[Row]:
                  (f"{style} answers, NLL", f"{a['nll_base']:.3f}", f"{a['nll_mixed']:.3f}")]
     if greedy:
         thoughts = f"{greedy['thoughts']['right']:.1%}" if "thoughts" in greedy else ""
-        rows.insert(1, (f"right, greedily of all characters (held out, n={greedy['n']})",
+        rows.insert(2, (f"right, greedily of all characters (held out, n={greedy['n']})",
                         f"{greedy['base']['right']:.1%}", thoughts))
     return rows
 
@@ -335,7 +335,7 @@ def remarks(answers: dict[str, Any], greedy: dict[str, Any]) -> list[str]:
 def add_answers(report: Report, scores: TextScores, model: QuietStar, final: bool, *, seed: int,
                 operands: int, operations: int) -> None:
     """Adds all of this corpus's own to an evaluation; what is decoded, only at the end."""
-    answers, report.offsets = measure(scores, seed=seed, operands=operands, operations=operations)
+    answers, report.examples = measure(scores, seed=seed, operands=operands, operations=operations)
     n_sampled, greedy = scores.thoughts.shape[-1], {}
     report.summary["answers"] = answers
     if final:
@@ -351,7 +351,8 @@ def example_prompt(operands: int, operations: int, seed: int) -> str:
     return max(problems(operands, operations, seed)[1], key=lambda p: len(set(p))) + "="
 
 
-def example(operands: int, operations: int, seed: int) -> str:
-    """Options of sample.py that have a problem answered."""
-    return (f" --prompt '{example_prompt(operands, operations, seed)}' --temperature 0"
-            f" --max_new_tokens {operands + 4}")
+def example(operands: int, operations: int, seed: int) -> tuple[str, str]:
+    """Options of sample.py that have a problem answered, and the right answer."""
+    prompt = example_prompt(operands, operations, seed)
+    answer = solve(prompt[:-1], latin_squares(seed, operations))[-1]
+    return f" --prompt '{prompt}' --temperature 0 --max_new_tokens {len(prompt) + 3}", answer

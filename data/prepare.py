@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 import errno
 import hashlib
+import re
 import shlex
 import time
 from collections.abc import Iterable, Iterator
@@ -38,9 +39,16 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, tr
 from tqdm import tqdm
 
 from data.sources import Item, Source, hub_files, local_files
-from data.writer import JOURNAL, DatasetWriter, remove_leftovers, split_of
+from data.writer import (
+    JOURNAL,
+    NAMES,
+    DatasetWriter,
+    read_journal,
+    remove_leftovers,
+    split_of,
+)
 from nanoqstar.dataset import SPLITS, TokenDataset, partial_folder
-from nanoqstar.files import LOCK, lock, read_json
+from nanoqstar.files import lock
 from nanoqstar.tokenizer import END_OF_TEXT, beginning_ids, end_of_text_id, load_tokenizer
 
 BATCH_CHARS = 2**22  # tokenized at once: enough for all cores, about a second's work for two
@@ -54,7 +62,9 @@ def train_tokenizer(n_entries: int, texts: Iterable[str]) -> Tokenizer:
     """A byte-level BPE, the 256 bytes and end-of-text included; the same for the same texts."""
     def first_texts(n_chars: int = TRAIN_CHARS) -> Iterator[str]:
         for text in texts:
-            yield text
+            # cut where there is no space or nothing else: training squares the length of a word
+            ends = [run.end() for run in re.finditer(r"\S{1000}|\s{1000}", text)]
+            yield from (text[i:j] for i, j in zip([0, *ends], [*ends, len(text)]))
             n_chars -= len(text)
             if n_chars <= 0:
                 return
@@ -75,7 +85,13 @@ def train_tokenizer(n_entries: int, texts: Iterable[str]) -> Tokenizer:
 def find_tokenizer(cfg: PrepareConfig, source: Source) -> Tokenizer:
     """The tokenizer that `cfg` names, or a new one trained on what hashes to the train split."""
     new = cfg.tokenizer.startswith("train:")
-    tokenizer = None if new else load_tokenizer(cfg.tokenizer)
+    try:
+        tokenizer = None if new else load_tokenizer(cfg.tokenizer)
+    except InputError as error:
+        if Path(cfg.tokenizer).exists():
+            raise
+        raise InputError(f"{error}; or, without network, --tokenizer train:4096 makes one of the "
+                         "text") from None
     source.require_documents()  # before the long work
     if tokenizer is None:
         texts = (item.text for item in source.items() if item.text)
@@ -164,18 +180,27 @@ def tokenize(cfg: PrepareConfig, source: Source, tokenizer: Tokenizer, writer: D
 # ---- the folder
 
 
-def require_same(before: dict[str, Any] | None, now: dict[str, Any], folder: Path) -> None:
+OTHER = {"tokenizer_sha256": "another tokenizer.json", **dict.fromkeys(
+    ("files", "bytes", "names_sizes_times"), "other files: names, sizes or times have changed")}
+
+
+def require_same(before: Any, now: dict[str, Any], folder: Path) -> None:
+    before = before if isinstance(before, dict) else {}
     for key, value in now.items():
-        if not before or before.get(key, ...) != value:
+        if before.get(key, ...) != value:
             how = "by an earlier version"
-            if before and key in before:
-                how = f"with {key} {before[key]}, now it is {value}"
+            if key in before:
+                how = f"with {OTHER.get(key) or f'{key} {before[key]!r}, now it is {value!r}'}"
             raise InputError(f"{folder} was begun {how}: delete that folder, or choose another "
                              "--out")
 
 
 def is_prepared(out: Path, arguments: dict[str, Any]) -> bool:
     """Whether `out` is there; InputError where it is anything but what `arguments` make."""
+    above = next((path for path in out.absolute().parents if path.exists()), out)
+    if not above.is_dir() or (out.is_symlink() and not out.exists()):
+        raise InputError(f"--out: {out} cannot be made: "
+                         f"{'it is a link to nothing' if above.is_dir() else f'{above} is a file'}")
     if not out.exists():
         return False
     if not (out / "meta.json").exists():
@@ -190,20 +215,28 @@ def is_prepared(out: Path, arguments: dict[str, Any]) -> bool:
 @contextmanager
 def claimed(partial: Path) -> Iterator[None]:
     """Holds `partial` for this process; where it fails, only what can be continued stays."""
+    foreign = InputError(f"{partial}, where --out is written until it is whole, is there and holds "
+                         "something else: move it, or choose another --out")
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise foreign
     try:
         with lock(partial):
+            if not (partial / JOURNAL).exists() and not all(
+                    path.name in NAMES and path.is_file() and not path.is_symlink()
+                    for path in partial.iterdir()):
+                raise foreign
             try:
                 yield
             except BaseException as error:
-                if not (partial / JOURNAL).exists():
-                    for path in partial.glob("*"):  # none where it got its final name
-                        if path.name != LOCK:
-                            path.unlink()
+                saved = (partial / JOURNAL).exists()
+                if not saved:
+                    remove_leftovers(partial, NAMES)  # none where it got its final name
                 elif isinstance(error, KeyboardInterrupt):
                     print("\nwhat is saved stays: the same command goes on there", file=sys.stderr)
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise InputError(f"the disk of {partial} is full: make room, then the same "
-                                     "command goes on from what is saved") from None
+                    raise InputError(
+                        f"the disk of {partial} is full: make room, then the same command "
+                        f"{'goes on from what is saved' if saved else 'begins anew'}") from None
                 raise
     finally:
         with suppress(OSError):  # not empty, or by its final name
@@ -214,8 +247,8 @@ def make(cfg: PrepareConfig, out: Path, arguments: dict[str, Any], files: list[s
     """Makes `out`, from its beginning or from where an interrupted run stopped."""
     journal, n_bytes = partial_folder(out) / JOURNAL, arguments.get("bytes", float("inf"))
     if journal.exists():
-        state = read_json(journal)
-        require_same(state.get("arguments"), arguments, journal.parent)
+        state = read_journal(journal.parent)
+        require_same(state["arguments"], arguments, journal.parent)
         source = Source(cfg, state["files"], state["revision"], n_bytes)
         tokenizer, place = load_tokenizer(journal.parent), state["place"]
         print(f"continuing after file {place['file'] + 1}, document {place['skip']:,}")

@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,11 +34,17 @@ def file_kind(name: str) -> str | None:
 
 
 def looks_readable(path: Path) -> bool:
-    """Whether a file is data by its name, or begins as UTF-8 with hardly a bad byte."""
-    if path.suffix.lower() == ".gz" or file_kind(path.name) in ("jsonl", "parquet"):
-        return file_kind(path.name) is not None
-    with open(path, "rb") as file:
-        sample = file.read(2**20)
+    """Whether a file is data by its name, or begins, unzipped, as UTF-8 with hardly a bad byte."""
+    if file_kind(path.name) in ("jsonl", "parquet"):
+        return True
+    zipped = path.suffix.lower() == ".gz"
+    try:
+        with gzip.open(path) if zipped else open(path, "rb") as file:
+            sample = file.read(2**20)
+    except (OSError, EOFError, zlib.error):
+        if zipped:
+            return True  # to be named as a fault
+        raise
     n_bad = len(re.findall("[\udc80-\udcff]", sample.decode("utf-8", "surrogateescape")))
     return b"\0" not in sample and n_bad * 100 <= len(sample)
 
@@ -51,7 +57,7 @@ def local_files(root: Path, out: Path) -> list[str]:
     if not root.exists():
         raise InputError(f"--input: there is no file or folder {root}")
     if root.is_file():
-        if root.suffix.lower() != ".gz" and not looks_readable(root):
+        if not looks_readable(root):
             raise InputError(f"--input: {root} is no UTF-8 text: convert it first")
         return [str(root)]
     ours = {out, partial_folder(out)}
@@ -59,7 +65,8 @@ def local_files(root: Path, out: Path) -> list[str]:
              and ours.isdisjoint(path.parents)
              and "/." not in f"/{path.relative_to(root).as_posix()}"]
     files = [str(path) for path in found
-             if not path.name.lower().endswith((".json", ".json.gz")) and looks_readable(path)]
+             if not path.name.lower().endswith((".json", ".json.gz"))
+             and (file_kind(path.name) or path.suffix.lower() != ".gz") and looks_readable(path)]
     if len(files) < len(found):
         print(f"skipped {len(found) - len(files)} of {len(found)} files: .json, binary, or not "
               "UTF-8")
@@ -149,11 +156,14 @@ def read_parquet(file: Any, cfg: PrepareConfig, n_chars: int) -> Iterator[tuple[
     parquet = ParquetFile(file, pre_buffer=False)  # or it reads far ahead of the share read so far
     names = parquet.schema_arrow.names
     columns = [name for name in names if name in (cfg.text_field, "int_score")]
-    batches = parquet.iter_batches(64, columns=columns if cfg.text_field in names else None)
-    rows = (row for batch in batches for row in batch.to_pylist())
+    batches = parquet.iter_batches(64, columns=columns)
+    rows: Iterator[dict] = (row for batch in batches for row in batch.to_pylist())
+    if cfg.text_field not in names:  # all that is to be said of the rows
+        rows = repeat(dict.fromkeys(names), parquet.metadata.num_rows)
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
+TYPES = {int: "a number", float: "a number", list: "a list", dict: "an object"}
 READERS = {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet}
 
 
@@ -163,11 +173,15 @@ def text_of(row: Any, where: str, cfg: PrepareConfig) -> tuple[str, Fault | None
     if isinstance(row, dict):
         text, score = row.get(cfg.text_field, 0), row.get("int_score")
         if not isinstance(text, str | None):
+            found = TYPES.get(type(text), type(text).__name__)
+            if cfg.text_field not in row:
+                names = [repr(name)[:60] for name in row]
+                found = f"the fields {', '.join(names[:10])}{', ..' if names[10:] else ''}"
             return "", Fault(f"no text in {cfg.text_field!r}", f"{where} has no text in "
-                             f"{cfg.text_field!r}, but the fields {', '.join(row)}; --text_field "
-                             "names another")
+                             f"{cfg.text_field!r}, but {found}; --text_field names another")
     elif not isinstance(row, str):
-        return "", Fault("no JSON", f"{where} is no JSON object")
+        return "", Fault("no JSON", f"{where} is no JSON object: a .json or .jsonl file holds one "
+                         "object a line")
     if not text or text.isspace() or (isinstance(score, int | float) and score < cfg.min_score):
         return "", None
     try:
@@ -185,13 +199,14 @@ def read_documents(path: str, name: str, cfg: PrepareConfig, n_chars: int
     zipped = name.lower().endswith(".gz")
     try:
         with open(path, "rb") as raw, gzip.open(raw) if zipped else raw as file:
-            size = Path(path).stat().st_size
+            size = Path(path).stat().st_size or 1  # 0: of one that the system makes up
             for where, row in READERS[kind](file, cfg, n_chars):
                 text, fault = text_of(row, f"{name}, {where},", cfg)
                 if text or fault:
-                    yield raw.tell() / size, text, fault
-    except (OSError, EOFError, ValueError, NotImplementedError, zlib.error) as error:
-        yield 1.0, "", Fault("cannot be read", f"{name} cannot be read as {kind}: {error}")
+                    yield min(1.0, raw.tell() / size), text, fault
+    except (OSError, EOFError, ValueError, NotImplementedError, OverflowError, zlib.error) as error:
+        yield 1.0, "", Fault("cannot be read", f"{name} cannot be read as {kind}: "
+                             f"{' '.join(str(error).split())}")
 
 
 class Source:
@@ -237,6 +252,11 @@ class Source:
                 break
         if faults:
             raise InputError(faults[0].sentence)
+        aside = ""
+        if any(file_kind(name) in ("jsonl", "parquet") for name in self.files):
+            aside = (f", not counting what has no text in {self.cfg.text_field!r} or an int_score "
+                     f"below --min_score {self.cfg.min_score}")
         raise InputError(f"{', '.join(self.files[:3])}: two documents are needed, to train on and "
-                         f"to hold out, and there are {n_texts}: give more than {self.n_chars:,} "
-                         "characters of plain text, or .jsonl with a document a line")
+                         f"to hold out, and there are {n_texts}{aside}: give more than "
+                         f"{self.n_chars:,} characters of plain text, or .jsonl with a document a "
+                         "line")

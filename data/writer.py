@@ -1,6 +1,7 @@
 """Writes prepared token folders: `DatasetWriter`, bit by bit, or `write_dataset`, at once."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +13,14 @@ import numpy as np
 
 from nanoqstar import InputError
 from nanoqstar.dataset import FORMAT, SPLITS, partial_folder
-from nanoqstar.files import LOCK, lock, sync, write_json
+from nanoqstar.files import LOCK, lock, read_json, sync, write_json
 
 Ids = Sequence[int] | np.ndarray
 JOURNAL = "journal.json"
+TEMPORARY = (*(f"{split}.starts" for split in SPLITS), JOURNAL, f"{JOURNAL}.new", "meta.json.new",
+             LOCK)  # what only the preparation needs
+NAMES = (*TEMPORARY, "meta.json", "tokenizer.json",
+         *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "docs.npy")))
 LEAST_TOKENS = 2048  # of a split, where there is text enough: room for a window of any preset
 
 
@@ -25,10 +30,27 @@ def split_of(text: str, val_fraction: float) -> str:
     return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes from a finished folder what only its preparation needed."""
-    for name in (*(f"{split}.starts" for split in SPLITS), JOURNAL, LOCK):
+def remove_leftovers(folder: Path, names: Iterable[str] = TEMPORARY) -> None:
+    """Removes our own files from a folder: of a finished one, what only its preparation needed."""
+    for name in names:
         (folder / name).unlink(missing_ok=True)
+
+
+def checksum(state: Mapping[str, Any], tokenizer_sha256: str) -> str:
+    return hashlib.sha256((json.dumps(state) + tokenizer_sha256).encode()).hexdigest()
+
+
+def read_journal(partial: Path) -> dict[str, Any]:
+    """The journal of a partial folder; InputError where it, or its tokenizer.json, was changed."""
+    try:
+        journal = read_json(partial / JOURNAL)
+        tokenizer = hashlib.sha256((partial / "tokenizer.json").read_bytes()).hexdigest()
+        if journal.pop("checksum", None) == checksum(journal, tokenizer):
+            return journal
+    except (InputError, OSError):
+        pass
+    raise InputError(f"{partial / JOURNAL} or the tokenizer.json beside it is damaged, or from an "
+                     f"earlier version: delete {partial} and start again")
 
 
 class DatasetWriter:
@@ -95,8 +117,9 @@ class DatasetWriter:
     def commit(self, **state: Any) -> None:
         """Makes all that was added durable and journals it with `state` (of whoever feeds this)."""
         self._sync()
-        write_json(self.partial / JOURNAL, {**state, **self.counts})
-        self.state = state
+        self.state = {**state, **self.counts}
+        write_json(self.partial / JOURNAL, self.state | {
+            "checksum": checksum(self.state, self.meta["tokenizer_sha256"])})
 
     def fill_short_split(self) -> None:
         """Moves the last documents of the larger split to the smaller one, while that has less than

@@ -19,6 +19,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from nanoqstar import InputError
@@ -52,8 +53,11 @@ class When(NamedTuple):
 def setting(default: Any, meaning: str, *, at_least: float | None = None,
             above: float | None = None, at_most: float | None = None, below: float | None = None,
             escapes: bool = False, when: When | None = None) -> Any:
-    """A field of a settings dataclass, checked by `check`; escapes: `\\n` on the command line is a
-    newline, so that any shell can say it."""
+    """A field of a settings dataclass, checked by `check`.
+
+    at_least, for a text: it must not be empty. escapes: `\\n` on the command line is a newline, so
+    that any shell can say it.
+    """
     bounds = {"at least": at_least, "greater than": above, "at most": at_most, "less than": below}
     return dataclasses.field(default=default, metadata={
         "help": meaning, "bounds": {k: v for k, v in bounds.items() if v is not None},
@@ -79,7 +83,12 @@ def check(settings: Any) -> None:
                 type(value) is float and not math.isfinite(value)):
             expected = " or ".join("none" if t is type(None) else t.__name__ for t in accepted)
             raise InputError(f"--{f.name}: expected {expected}, got {value!r}")
-        for bound, limit in (f.metadata["bounds"] if value is not None else {}).items():
+        if type(value) is int and not -2**63 <= value < 2**63:
+            raise InputError(f"--{f.name}: a smaller integer, please: below 2^63")
+        if value == "" and f.metadata["bounds"]:
+            raise InputError(f"--{f.name}: must not be empty")
+        bounds = {} if value is None or isinstance(value, str) else f.metadata["bounds"]
+        for bound, limit in bounds.items():
             good = {"at least": value >= limit, "greater than": value > limit,
                     "at most": value <= limit, "less than": value < limit}[bound]
             if not good:
@@ -187,6 +196,9 @@ def command(args: Iterable[str], read: Callable[[list[str]], tuple], target: str
     read: command line -> the arguments of the target, or InputError, or Answer.
     target: 'module:function', imported once the command line is right; it may return an exit code.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character shows another
             stream.reconfigure(errors="replace")
@@ -206,12 +218,9 @@ def command(args: Iterable[str], read: Callable[[list[str]], tuple], target: str
     except BrokenPipeError:  # nobody reads on, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Interrupted as end:
-        fail(str(end))
-        return 128 + end.number
-    except KeyboardInterrupt:
-        fail("interrupted")
-        return 128 + signal.SIGINT
+    except (Interrupted, KeyboardInterrupt) as end:
+        say(str(end) or "interrupted", sys.stderr)
+        return 128 + getattr(end, "number", signal.SIGINT)
     except OSError as error:
         return fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
@@ -230,14 +239,16 @@ def is_out_of_memory(error: BaseException) -> bool:
             or "can't allocate memory" in str(error))
 
 
-def say(text: str) -> int:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def say(text: str, stream: Any = None) -> int:
+    """A text on stdout, or another stream, whether or not anybody reads it; returns 0."""
+    with suppress(OSError):
+        print(text, file=stream or sys.stdout, flush=True)
+        return 0
+    with suppress(OSError, AttributeError):  # or Python complains that it cannot flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
     return 0
 
 
 def fail(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    say(f"error: {sentence}", sys.stderr)
     return WRONG_INPUT

@@ -67,8 +67,11 @@ class TokenDataset:
             if partial_folder(folder).is_dir():
                 hint = "its preparation goes on or was interrupted, give the same command again"
             raise InputError(f"there is no prepared data in {folder}: {hint}")
+        if not (folder / "meta.json").is_file():  # it may be anything: no word of deleting
+            raise InputError(f"{folder} is no prepared data (no meta.json): name a folder that "
+                             "data/prepare.py made")
         tokens, offsets = folder / f"{split}.bin", folder / f"{split}.docs.npy"
-        for file in (folder / "meta.json", self.tokenizer_path, tokens, offsets):
+        for file in (self.tokenizer_path, tokens, offsets):
             self._require(file.is_file(), f"{folder} has no {file.name}")
 
         try:
@@ -92,8 +95,8 @@ class TokenDataset:
         self._require(size > 0, f"{tokens} is empty")
         self._tokens = np.memmap(tokens, dtype=dtype, mode="r")
         try:
-            self._starts = starts = np.load(offsets)
-        except (ValueError, EOFError):
+            self._starts = starts = np.lib.format.open_memmap(offsets, mode="r")
+        except Exception:  # a damaged header brings any: OverflowError, tokenize.TokenError ..
             raise InputError(f"{offsets} cannot be read: {self.mend}") from None
         self._require(starts.dtype == np.int64 and starts.shape == (n,) and n and starts[0] == 0
                       and (np.diff(starts) > 0).all() and starts[-1] < self.n_tokens,
@@ -145,10 +148,13 @@ class TokenDataset:
 
 def prefetched(read: Callable[[int], Any], steps: range) -> Iterator[Any]:
     """read(step) of every step, each while the one before is worked on."""
-    with ThreadPoolExecutor(1) as reader:
+    reader = ThreadPoolExecutor(1)
+    try:
         upcoming = reader.submit(read, steps[0])
         for step in steps:
             now = upcoming.result()
             if step + 1 < steps.stop:
                 upcoming = reader.submit(read, step + 1)
             yield now
+    finally:  # nobody waits for a batch that nobody wants
+        reader.shutdown(wait=False, cancel_futures=True)

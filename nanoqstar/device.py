@@ -46,6 +46,8 @@ def compiled(function: Callable, **options: Any) -> Callable:
     One graph a shape: scoring and both kinds of rollout step, in training and in evaluation. A
     temperature is a setting: a graph for each, no scalars on the CPU.
     """
+    import torch._dynamo
+
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.specialize_float = True
     return torch.compile(function, **options)
@@ -63,6 +65,9 @@ def speed_up(model: Any, device: torch.device, checkpointing: float = 0.0,
     layers = model.lm.model.layers
     if compile or (compile is None and device.type == "cuda"):
         if can_compile(device):
+            import torch._dynamo  # takes a second, and only who compiles needs it
+            import torch._functorch.config
+
             torch._functorch.config.activation_memory_budget = 1 - checkpointing
             torch._dynamo.config.recompile_limit = 64
             for block in layers:
@@ -83,6 +88,8 @@ def speed_up_decoding(model: Any, device: torch.device) -> None:
     if device.type != "cuda" or not can_compile(device):
         raise InputError("compiling for decoding needs a CUDA GPU, Triton and a C++ compiler: "
                          "leave --compile out")
+    import torch._dynamo
+
     torch._dynamo.config.recompile_limit = 64
     for block in model.lm.model.layers:
         block.compile(dynamic=False, options={"coordinate_descent_tuning": True})

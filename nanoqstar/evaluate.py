@@ -168,7 +168,7 @@ class Report:
     """What is said of an evaluation; a corpus may add to it."""
 
     summary: dict[str, Any]  # `summarize`'s
-    offsets: list[tuple[int, int]]  # (window, position) of the thoughts to show
+    examples: list[tuple[int, int]]  # (window, position) of the thoughts to show
     said: str = ""  # at the end of the line
     rows: Sequence[Row] = ()  # of the table
     remarks: Sequence[str] = ()  # below it
@@ -184,7 +184,7 @@ def lines(report: Report, scores: TextScores, tokenizer: Tokenizer, step: int, f
           ) -> list[str]:
     """The evaluation in a line, a few thoughts, and at the end the table."""
     thinks = scores.thoughts.shape[-1] > 0
-    offsets = report.offsets if thinks else []
+    examples = report.examples if thinks else []
     said = [line(step, report.summary, thinks) + report.said,
-            *(shown(scores, tokenizer, n, i) for n, i in offsets)]
+            *(shown(scores, tokenizer, n, i) for n, i in examples)]
     return said + [table(report.summary, thinks, report.rows, report.remarks)] * final

@@ -15,6 +15,13 @@ except ImportError:  # on Windows: two processes in one folder are not noticed t
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+LONGEST = 100  # characters of a name in an error
+
+
+def shown(name: str) -> str:
+    """A name that anybody may have chosen, as one short line of a sentence."""
+    line = repr(name)[1:-1]
+    return line if len(line) <= LONGEST else line[:LONGEST] + ".."
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
@@ -58,10 +65,15 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
     ends.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     while True:
-        file = open(path, "a")  # noqa: SIM115
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(path, "a")  # noqa: SIM115
+        except FileNotFoundError:
+            if folder.exists():
+                raise
+            continue  # removed just now: once more
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,8 +84,8 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()  # removed by its holder between our opening and our locking it: once more
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
+    with file:  # closed, and so unlocked, whatever becomes of its name
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

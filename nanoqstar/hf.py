@@ -4,10 +4,10 @@ Our own additions lie beside them in `quietstar.safetensors`, so that any Qwen2 
 what we save.
 """
 
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from nanoqstar import InputError
-from nanoqstar.files import read_json, sync, write_json
+from nanoqstar.files import lock, read_json, shown, sync, write_json
 from nanoqstar.hub import fetch, hub_id
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
@@ -42,10 +42,13 @@ from nanoqstar.weights import (
     special_ids,
 )
 
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
               "chat_template.json", "generation_config.json")  # for transformers: taken along
-FILES = ["config.json", "tokenizer.json", "model.safetensors", "model-*.safetensors",
-         "model.safetensors.index.json", "quietstar.safetensors", "nanoqstar.json", *COMPANIONS]
+OURS = ("config.json", "tokenizer.json", "model.safetensors", "quietstar.safetensors",
+        "nanoqstar.json", *COMPANIONS)
+FILES = [*OURS, "model-*.safetensors", "model.safetensors.index.json"]
+TRIES = 5  # to read a folder that is replaced meanwhile
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Thinking:
     thought_temperature: float = 1.0
 
 
+THINKING_BOUNDS = {"n_ahead": (3, 2**16), "n_ahead_talk": (1, 2**16),
+                   "thought_temperature": (1e-3, 1e300)}
 OFFICIAL = Thinking(7, 4)  # of the published 8-ahead checkpoint, which counts the base step as well
 
 
@@ -76,8 +81,23 @@ class Settings:
 
 def newest(folder: Path) -> Path:
     """`folder`, or what `save` had put aside where it was killed between its two renames."""
-    old = Path(f"{folder.resolve()}.old")
-    return old if not folder.exists() and (old / "nanoqstar.json").exists() else folder
+    if os.path.exists(folder):  # unlike Path's, for a name of any length
+        return folder
+    old = workplace(folder.resolve()) / "nanoqstar.old"
+    return old if os.path.exists(old / "nanoqstar.json") else folder
+
+
+def workplace(folder: Path) -> Path:
+    """Where `save` works on `folder`, in folders that bear our name: others may lie beside them."""
+    return Path(f"{folder}.partial")
+
+
+def stamp(folder: Path) -> tuple[int, int] | None:
+    """Changes when `folder` is replaced; None where it is not there."""
+    with suppress(OSError):
+        found = folder.stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
 
 
 def resolve(path_or_id: str | os.PathLike) -> Path:
@@ -86,7 +106,7 @@ def resolve(path_or_id: str | os.PathLike) -> Path:
     Raises InputError: neither a folder nor an id, no network, no such repository, no access to it.
     """
     folder = newest(Path(path_or_id))
-    if not folder.is_dir():
+    if not str(path_or_id) or not os.path.isdir(folder):  # Path("") is the folder we are in
         return Path(fetch(snapshot_download, hub_id(path_or_id), allow_patterns=FILES))
     checkpoint = newest(folder / "checkpoint")  # a run's folder stands for what it trained
     if not checkpoint.is_dir() and (folder / "metrics.jsonl").exists():
@@ -102,7 +122,8 @@ def read_info(folder: Path) -> tuple[int, dict[str, Any]]:
     """(step, config) of nanoqstar.json; (0, {}) of a model that is not ours."""
     file = folder / "nanoqstar.json"
     info = read_json(file) if file.exists() else {}
-    step, config = info.get("step", 0), info.get("config") or {}
+    step, config = info.get("step", 0), info.get("config")
+    config = {} if config is None else config
     if type(step) is not int or not 0 <= step < 2**31 or not isinstance(config, dict):
         raise InputError(f"{file} is damaged: it must hold a step, an integer from 0 to 2^31, and "
                          "a config, an object")
@@ -111,17 +132,18 @@ def read_info(folder: Path) -> tuple[int, dict[str, Any]]:
 
 def read_thinking(file: Path, given: Mapping[str, Any]) -> Thinking:
     """`given` as Thinking; what it lacks is the official checkpoint's."""
-    known = {k: given.get(k) or default for k, default in asdict(OFFICIAL).items()}
-    try:
-        thinking = Thinking(int(known["n_ahead"]), int(known["n_ahead_talk"]),
-                            float(known["thought_temperature"]))
-    except (TypeError, ValueError, OverflowError):
-        thinking = Thinking()
-    if (thinking.n_ahead < 3 or thinking.n_ahead_talk < 1
-            or not 0 < thinking.thought_temperature < math.inf):
-        raise InputError(f"{file} is damaged: n_ahead (3 or more), n_ahead_talk (1 or more) or "
-                         "thought_temperature (a positive number) is not what it must be")
-    return thinking
+    known: dict[str, Any] = {}
+    for key, (low, high) in THINKING_BOUNDS.items():
+        x, default = given.get(key), getattr(OFFICIAL, key)
+        with suppress(ValueError):
+            x = type(default)(x) if isinstance(x, str) else x  # all metadata are text
+        if x is None or (key == "n_ahead" and type(given[key]) is int and x == 0):
+            x = default
+        if type(x) not in (int, type(default)) or not low <= x <= high:
+            raise InputError(f"{file} is damaged: {key} must be from {low:g} to {high:g}, not "
+                             f"{shown(str(given[key]))}")
+        known[key] = type(default)(x)
+    return Thinking(**known)
 
 
 def check_context(config: Qwen2Config, n_positions: int) -> None:
@@ -145,13 +167,30 @@ def load_thinker(path_or_id: str | os.PathLike, device: str | torch.device = "cp
     It is read tensor by tensor, about one copy in host memory, after every name, shape and dtype
     was checked. The language model is in `dtype`; start, end and mixing head in fp32 at least: from
     `quietstar.safetensors`, from the layout of the official checkpoint, or else uninitialised
-    (thinking.n_ahead is 0). Raises InputError.
+    (thinking.n_ahead is 0). All is of one save, also while another process replaces the folder.
+    Raises InputError.
     """
-    folder = resolve(path_or_id)
+    for _ in range(TRIES):
+        folder = resolve(path_or_id)
+        before = stamp(folder)
+        try:
+            loaded = read(folder, device, dtype, folder if tokenizer is None else tokenizer)
+            if stamp(folder) == before:
+                return loaded
+            del loaded  # one copy in memory, not two
+        except (InputError, OSError, SafetensorError):
+            if before and stamp(folder) == before:
+                raise
+    raise InputError(f"{path_or_id} is being replaced again and again: wait until that has ended")
+
+
+def read(folder: Path, device: str | torch.device, dtype: torch.dtype,
+         tokenizer: str | os.PathLike) -> tuple[QuietStar, Tokenizer, Settings]:
+    """`load_thinker` of a folder that stays as it is."""
     config, (step, trained) = read_config(folder), read_info(folder)
-    words = load_tokenizer(tokenizer or folder)
-    ends = [*special_ids(folder, "eos_token_id"), end_of_text_id(words),
-            words.token_to_id(END_OF_TURN)]
+    words = load_tokenizer(tokenizer)
+    given = {key: special_ids(folder, key, config.vocab_size) for key in SPECIAL}
+    ends = [*given["eos_token_id"], end_of_text_id(words), words.token_to_id(END_OF_TURN)]
     stored = {name: x for name, x in find_weights(folder).items()
               if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
@@ -167,6 +206,9 @@ def load_thinker(path_or_id: str | os.PathLike, device: str | torch.device = "cp
         thinking = read_thinking(own, trained | metadata)
     elif is_official:
         thinking = OFFICIAL
+    elif step and trained.get("n_ahead"):  # a pre-trained base has had no step
+        raise InputError(f"{own} is missing, although {folder / 'nanoqstar.json'} says that this "
+                         "model was taught to think: the copy of it is not complete")
     with torch.device("meta"):
         model = QuietStar(Qwen2(config), thinking.thought_temperature)
     shapes: dict[str, Sequence[int]] = {n: p.shape for n, p in model.lm.named_parameters()}
@@ -199,34 +241,49 @@ def save(folder: str | os.PathLike, model: QuietStar, tokenizer: Tokenizer, *,
 
     thinking: how start, end and mixing head were trained, or None for the language model alone.
     source: the model folder it came from, whose files for transformers go along. At any moment
-    `load_thinker` finds the earlier folder or the new one, whole. Raises OSError, with the earlier
-    one in place, where writing fails, and InputError where the folder is not ours.
+    `load_thinker` finds the earlier folder or the new one, whole. What others have put into the
+    folder stays in it. Raises OSError, with the earlier one in place, where writing fails, and
+    InputError where the folder is not ours or another process is saving into it.
     """
     folder = Path(folder).resolve()
-    partial, old = Path(f"{folder}.partial"), Path(f"{folder}.old")
+    work = workplace(folder)
+    new, old = work / "nanoqstar.new", work / "nanoqstar.old"
     if folder.is_file() or (folder.exists() and any(folder.iterdir())
                             and not (folder / "nanoqstar.json").exists()):
         raise InputError(f"{folder} exists and was not saved by nanoqstar; choose another folder")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial, model, tokenizer, thinking, source)
-        write_json(partial / "nanoqstar.json", {"step": step, "config": dict(config)})
-        for file in (*partial.iterdir(), partial):
-            sync(file)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-        sync(folder.parent)
-    except BaseException as error:
-        if newest(folder) == old:  # as a kill between the renames leaves it
-            old.rename(folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # so it calls a full disk
-            raise OSError(f"{folder} cannot be written: {error}") from error
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        with lock(work):
+            try:
+                shutil.rmtree(new, ignore_errors=True)
+                new.mkdir()
+                write(new, model, tokenizer, thinking, source)
+                write_json(new / "nanoqstar.json", {"step": step, "config": dict(config)})
+                for file in (*new.iterdir(), new):
+                    sync(file)
+                if folder.exists():
+                    retire(old, folder)
+                    folder.rename(old)
+                new.rename(folder)
+                sync(folder.parent)
+            except BaseException as error:
+                if newest(folder) == old:  # as a kill between the renames leaves it
+                    old.rename(folder)
+                shutil.rmtree(new, ignore_errors=True)
+                if isinstance(error, SafetensorError):  # so it calls a full disk
+                    raise OSError(f"{folder} cannot be written: {error}") from error
+                raise
+            retire(old, folder)
+    finally:
+        with suppress(OSError):  # it holds what another process, or another person, put there
+            work.rmdir()
+
+
+def retire(old: Path, folder: Path) -> None:
+    """Deletes the save that was put aside; what others have put into it moves on to `folder`."""
+    with suppress(OSError):  # then the next save tries again
+        for name in {x.name for x in old.iterdir()} - set(OURS):
+            (old / name).rename(folder / name)
+        shutil.rmtree(old)
 
 
 def write(folder: Path, model: QuietStar, tokenizer: Tokenizer, thinking: Thinking | None,
@@ -237,7 +294,7 @@ def write(folder: Path, model: QuietStar, tokenizer: Tokenizer, thinking: Thinki
     ids: dict[str, Any] = {"bos_token_id": beginning_ids(tokenizer)[:1],
                            "eos_token_id": [] if end is None else [end], "pad_token_id": []}
     for key, default in ids.items():  # null where there is none: absent keys have meanings
-        found = (special_ids(source, key) if source else []) or default
+        found = (special_ids(source, key, lm.config.vocab_size) if source else []) or default
         ids[key] = found if key == "eos_token_id" and len(found) > 1 else next(iter(found), None)
     companions = [source / name for name in COMPANIONS if source and (source / name).exists()]
     for file in companions:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants, errors
 
 from nanoqstar import InputError
+from nanoqstar.files import shown
 
 PATIENCE = 2.0  # seconds that one address of the Hub may be silent; all of them together twice that
 
@@ -24,7 +25,8 @@ def hub_id(name: str | os.PathLike) -> str:
     if os.path.exists(name):
         raise InputError(f"{name} is a file; give the folder it lies in")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise InputError(f"there is no folder {name!r}, and it is no Hub id either (owner/name)")
+        raise InputError(f"there is no folder '{shown(name)}', and it is no Hub id either "
+                         "(owner/name)")
     return name
 
 
@@ -77,7 +79,7 @@ def explain(name: str, error: BaseException, *args: Any) -> str:
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return f"the Hub's {name!r} has no {' or '.join(map(str, args)) or 'such file'}"
     if status == 404:
-        return f"there is neither a folder {name!r} nor a repository of that name on the Hub (404)"
+        return f"{name!r} is neither on this disk nor on the Hub (404)"
     if status:
         reason = f"the Hub answered {status}"
     elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled,
@@ -85,4 +87,4 @@ def explain(name: str, error: BaseException, *args: Any) -> str:
         reason = "no network, or HF_HUB_OFFLINE is set: go online, or give a local folder"
     else:  # such as a full disk
         reason = " ".join(str(error).split()) or type(error).__name__
-    return f"there is no folder {name!r}, and it cannot be fetched as a Hub id: {reason}"
+    return f"{name!r} is not on this disk, and cannot be fetched from the Hub: {reason}"

@@ -58,6 +58,7 @@ class Signals:
     @contextmanager
     def caught(self) -> Iterator["Signals"]:
         numbers = (signal.SIGINT, signal.SIGTERM)
+        tqdm.get_lock()  # made now, since a handler may raise where it would be made later
         try:
             before = {n: signal.signal(n, self.handle) for n in numbers}
         except ValueError:  # not in the main thread, which alone gets signals
@@ -73,30 +74,42 @@ class Signals:
 def run_folder(out_dir: str | None, name: str) -> Iterator[Path]:
     """The run's folder, made now and held by this process; never one that holds anything already.
 
-    A start that fails leaves nothing behind: the folder is removed where nothing was learned in it.
+    A start that fails leaves nothing behind: what was made is removed where nothing was learned.
     """
     with ExitStack() as held:
-        if out_dir is not None:
-            out = Path(out_dir)
-            make_and_hold(held, out)
-            if any(p.name != LOCK for p in out.iterdir()):
-                raise InputError(f"{out} already holds a run or other files: choose another "
-                                 "--out_dir, or delete it")
-        else:
-            for n in count(1):
-                out = Path("out") / (name if n == 1 else f"{name}-{n}")
-                if not out.exists():
-                    try:
-                        make_and_hold(held, out)
-                        break
-                    except InputError:  # another run has just taken it
-                        continue
+        for n in count(1):
+            out = Path("out") / (name if n == 1 else f"{name}-{n}") if out_dir is None else Path(
+                out_dir)
+            missing = [p for p in (out, *out.parents) if not p.exists()]
+            if out_dir is None and out not in missing:
+                continue
+            try:
+                make_and_hold(held, out)
+                break
+            except InputError:
+                if out_dir is not None:
+                    raise  # else another run has just taken it
+        if any(p.name != LOCK for p in out.iterdir()):
+            raise InputError(f"{out} already holds a run or other files: choose another "
+                             "--out_dir, or delete it")
         try:
             yield out
         except BaseException:
             if not has_learned(out):
-                shutil.rmtree(out, ignore_errors=True)
+                remove_made(out, missing)
             raise
+
+
+def remove_made(out: Path, missing: list[Path]) -> None:
+    """Empties a folder that was empty, and removes those that were missing before."""
+    for path in out.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    for folder in missing:
+        with suppress(OSError):  # somebody else's by now
+            folder.rmdir()
 
 
 def has_learned(out: Path) -> bool:
@@ -122,14 +135,14 @@ class RunLog:
                  peak: float | None = None) -> None:
         """config: the run's settings, kept with it. peak: FLOP/s of the device, where known."""
         self.folder, self.config, self.wandb, self.peak = folder, config, wandb, peak
-        self.offset = 0  # updates of pre-training
+        self.pretrained = 0  # updates
         self.saved: tuple[Path, int] | None = None  # the newest checkpoint, and its update
         self.start = self.said = time.perf_counter()
         write_json(folder / "config.json", config)
         self.metrics = open(folder / "metrics.jsonl", "w")  # noqa: SIM115
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """A row of metrics.jsonl; W&B counts on from pre-training (`offset` updates)."""
+        """A row of metrics.jsonl; W&B counts on from pre-training."""
         self.guard(f"{kind} {step} could not be logged", self.write_row, kind, step, values)
 
     def write_row(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -138,7 +151,7 @@ class RunLog:
         if self.wandb:
             try:
                 self.wandb.log({f"{kind}/{k}": v for k, v in values.items()},
-                               step=self.offset + step)
+                               step=self.pretrained + step)
             except Exception as error:  # W&B has many
                 raise OSError(f"W&B: {error}") from error
 
@@ -201,7 +214,8 @@ class RunLog:
         try:
             yield
         except Interrupted as end:
-            raise Interrupted(end.number, f"{end}; {self.kept}") from None
+            on = f": go on with --model_path {self.saved[0]}" if self.saved else ""
+            raise Interrupted(end.number, f"{end}; {self.kept}{on}") from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -214,6 +228,11 @@ class RunLog:
             return
         self.said = now
         write(line, sys.stdout)
+
+    def sign_of_life(self, phase: str, done: int, last: int) -> None:
+        """A line, where nothing has been said for long and no progress bar is to be seen."""
+        if time.perf_counter() - self.said > 2 * SILENCE and not sys.stderr.isatty():
+            self.say(f"{phase} {done:5d}/{last} ..")
 
     def guard(self, failure: str, function: Any, *args: Any, **options: Any) -> bool:
         """Whether function(*args) came to its end; a full disk, say, is reported and no more."""

@@ -20,7 +20,7 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Tokenizer:
     file = Path(path_or_id, "tokenizer.json")
     if not os.path.isdir(path_or_id):
         file = Path(fetch(hf_hub_download, hub_id(path_or_id), file.name))
-    elif not file.exists():
+    elif not file.is_file():
         raise InputError(f"{path_or_id} has no tokenizer.json: name a folder or Hub id that has it "
                          "with --tokenizer")
     try:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanoqstar import InputError
-from nanoqstar.files import read_json
+from nanoqstar.files import read_json, shown
 from nanoqstar.qwen2 import Qwen2Config
 
 DTYPES = ("BF16", "F16", "F32", "F64")
@@ -56,14 +56,18 @@ def read_config(folder: str | os.PathLike) -> Qwen2Config:
     for key in ("mlp_bias", "quantization_config", "use_qk_norm", "use_mrope"):
         if raw.get(key):
             refuse(f"{key} {raw[key]!r}")
+    thetas: list[Any] = []
     for key in ("rope_scaling", "rope_parameters"):  # the latter since transformers 5
         rope = raw.get(key) or {}
         if not isinstance(rope, dict) or any(isinstance(x, dict) for x in rope.values()):
             refuse(f"{key} {rope!r}")
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             refuse(f"{key} of type {rope.get('rope_type', rope.get('type'))!r}")
-        if "rope_theta" in rope:
-            raw["rope_theta"] = rope["rope_theta"]
+        thetas += [rope["rope_theta"]] if "rope_theta" in rope else []
+    if thetas:
+        raw["rope_theta"] = thetas[0]
+        if thetas[1:] not in ([], thetas[:1]):
+            refuse(f"rope_theta {thetas[0]!r} in one place and {thetas[-1]!r} in another")
 
     is_qwen = raw["model_type"] == "qwen2"
     raw = DEFAULTS[raw["model_type"]] | raw
@@ -86,6 +90,8 @@ def read_config(folder: str | os.PathLike) -> Qwen2Config:
         max_position_embeddings=positions, rope_theta=get("rope_theta", float, 10000.0),
         rms_norm_eps=get("rms_norm_eps", float, 1e-6), attention_bias=is_qwen,
         tie_word_embeddings=get("tie_word_embeddings", bool, False), sliding_window=window)
+    if config.rope_theta < 1:
+        refuse(f"rope_theta {config.rope_theta}")
     if heads % config.num_key_value_heads or config.head_dim % 2:
         raise InputError(f"{file}: {heads} attention heads must be a multiple of "
                          f"{config.num_key_value_heads} key/value heads, and head_dim "
@@ -93,15 +99,18 @@ def read_config(folder: str | os.PathLike) -> Qwen2Config:
     return config
 
 
-def special_ids(folder: Path, key: str) -> list[int]:
-    """Ids that generation_config.json and config.json give for `key`: 'eos_token_id', say."""
+def special_ids(folder: Path, key: str, vocab_size: int) -> list[int]:
+    """Ids that generation_config.json and config.json give for `key`: 'eos_token_id', say.
+
+    Those of no row of the model are left out: -1, for one, is how some say that there is none.
+    """
     found: list[int] = []
     for file in (folder / "generation_config.json", folder / "config.json"):
         value = read_json(file).get(key) if file.exists() else None
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(x) is not int for x in ids):
             raise InputError(f"{file}: {key} must be an integer or a list of them, not {value!r}")
-        found += ids
+        found += [x for x in ids if 0 <= x < vocab_size]
     return list(dict.fromkeys(found))
 
 
@@ -144,10 +153,18 @@ def find_weights(folder: Path) -> dict[str, Stored]:
     if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
         raise InputError(f"{index} has no weight_map from tensors to files")
     stored: dict[str, Stored] = {}
+    wrong: list[str] = []
     for shard in sorted(set(shards.values())):
         if not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):
-            raise InputError(f"{index} names {shard!r}: only .safetensors files beside it are read")
-        stored |= read_header(folder / shard)[0]
+            raise InputError(f"{index} names '{shown(shard)}': only .safetensors files beside it are "
+                             "read")
+        held = read_header(folder / shard)[0]
+        wrong += held.keys() & stored.keys()
+        stored |= held
+    wrong += [n for n, shard in shards.items() if n not in stored or stored[n].file.name != shard]
+    if wrong:
+        raise InputError(f"{index} and its shards do not belong together: {shown(min(wrong))} is "
+                         "not in the one that it should be in, and there only")
     return stored
 
 
@@ -164,7 +181,7 @@ def check(folder: Path, stored: Mapping[str, Stored], shapes: Mapping[str, Seque
             f"{n} {x.dtype}" for n, x in here.items() if x.dtype not in DTYPES]}
     if any(problems.values()):
         listed = "; ".join(
-            f"{len(x)} {what}: {', '.join(x[:LISTED])}" + ", .." * (len(x) > LISTED)
+            f"{len(x)} {what}: {', '.join(map(shown, x[:LISTED]))}" + ", .." * (len(x) > LISTED)
             for what, x in problems.items() if x)
         raise InputError(f"the tensors in {folder} are not those of its config.json: {listed}")
 

@@ -23,6 +23,7 @@ class Example:
     flag: bool = setting(False, "yes or no")
     maybe: bool | None = setting(None, "yes, no or neither")
     text: str = setting("a", "as it is")
+    path: str | None = setting(None, "not empty", at_least=1)
     escaped: str = setting("b", "with escapes", escapes=True)
     extra: int = setting(0, "goes with flag", when=When("a flag", lambda c: c.flag))
 
@@ -64,6 +65,8 @@ def test_a_prompt_is_taken_as_it_is(text):
     (["--x", "1"], "--x: must be less than 1"), (["--x", "nan"], "--x: expected float, got nan"),
     (["--x", "1e999"], "--x: expected float, got inf"), (["--n", "9" * 5000], "--n: expected int"),
     (["--extra", "3"], "--extra is for a flag only: leave it out"),
+    (["--extra", str(2**63), "--flag"], "--extra: a smaller integer"),
+    (["--path", ""], "--path: must not be empty"),
     (["--what", "three"], "--what: 'three' is not one of one, two"),
 ])
 def test_refused_options(args, sentence):
@@ -125,7 +128,6 @@ def end(monkeypatch, error):
 
 @pytest.mark.parametrize(("error", "code", "sentence"), [
     (InputError("this is wrong"), 2, "this is wrong"),
-    (cli.Interrupted(15, "ended"), 143, "ended"), (KeyboardInterrupt(), 130, "interrupted"),
     (OSError(errno.ENOSPC, "No space left", "out/x"), 2, "out/x: No space left"),
     (MemoryError(), 2, "the memory is used up"),
     (RuntimeError("CPUAllocator: can't allocate memory: 4"), 2, "the memory is used up"),
@@ -138,6 +140,12 @@ def test_whatever_goes_wrong_is_one_sentence(monkeypatch, capsys, error, code, s
     assert said.count("\n") == 1
 
 
+def test_an_end_that_was_asked_for_is_no_error(monkeypatch, capsys):
+    assert end(monkeypatch, cli.Interrupted(15, "ended")) == 143
+    assert end(monkeypatch, KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "ended\ninterrupted\n"
+
+
 def test_a_defect_of_ours_is_a_traceback(monkeypatch):
     with pytest.raises(RuntimeError, match="shape"):
         end(monkeypatch, RuntimeError("shape"))
@@ -148,6 +156,22 @@ def test_answers_go_to_stdout(capsys):
         raise cli.Answer("the help")
     assert cli.command([], read, "nowhere:nothing") == 0
     assert capsys.readouterr().out == "the help\n"
+
+
+def test_streams_that_are_closed_or_full_are_no_defect(monkeypatch):
+    """As `>&-` leaves them; and an exit code is said though its sentence cannot be."""
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert cli.command(["--help"], lambda a: (settings(Example, a, "usage"),), "x:y") == 0
+    assert sys.stdin.read() == "" and sys.stdout.write("x") == 1
+
+    class Full:
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "full")
+    monkeypatch.setattr(sys, "stdout", Full())
+    monkeypatch.setattr(sys, "stderr", Full())
+    assert cli.fail("this is wrong") == 2
+    assert cli.say("help") == 0
 
 
 def test_a_reader_that_leaves_is_no_error():

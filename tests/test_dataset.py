@@ -138,13 +138,18 @@ def meta(**changes):
     return lambda folder: edit_meta(folder, **changes)
 
 
+def header(shape):
+    text = b"{'descr': '<i8', 'fortran_order': False, 'shape': " + shape + b", }"
+    return write("train.docs.npy", b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(117) + b"\n" + bytes(8))
+
+
 def offsets(values):
     return lambda folder: np.save(folder / "train.docs.npy", np.array(values))
 
 
 NO_JSON, NO_STARTS = "no JSON object|read as JSON", "3 ascending document starts"
 DAMAGE = {
-    "no meta": (remove("meta.json"), "has no meta.json"),
+    "no meta": (remove("meta.json"), "is no prepared data .no meta.json.: name a folder"),
     "no tokens": (remove("train.bin"), "has no train.bin"),
     "no offsets": (remove("train.docs.npy"), "has no train.docs.npy"),
     "no tokenizer": (remove("tokenizer.json"), "has no tokenizer.json"),
@@ -167,6 +172,13 @@ DAMAGE = {
     "unsorted offsets": (offsets([0, 4, 3]), NO_STARTS),
     "offsets beyond": (offsets([0, 4, 24]), NO_STARTS),
     "float offsets": (offsets([0., 3., 4.]), NO_STARTS),
+    "an archive as offsets": (write("train.docs.npy", b"PK\x03\x04" + b"x" * 50), "cannot be read"),
+    "archived offsets": (lambda folder: np.savez((folder / "train.docs.npy").open("wb"), [0, 3, 4]),
+                         "cannot be read"),
+    "enormous offsets": (header(b"(10000000000000,)"), "cannot be read"),
+    "boundless offsets": (header(b"(1000000000000000000000000,)"), "cannot be read"),
+    "unclosed offsets": (header(b"((((("), "cannot be read"),
+    "offsets without a shape": (header(b"()"), NO_STARTS),
 }
 
 
@@ -177,6 +189,7 @@ def test_damage_is_named_with_its_mending(folder, damage):
     with pytest.raises(InputError, match=sentence) as caught:
         TokenDataset(folder, "train")
     assert str(folder) in str(caught.value)
+    assert ("delete" in str(caught.value)) == (damage != "no meta")  # that may be anything
     assert "data/prepare.py" in str(caught.value)
 
 

@@ -346,13 +346,13 @@ def test_eval_line():
 
 def test_its_part_of_the_table():
     rows = fold.table_rows(ANSWERS, GREEDY)
-    assert [row[1:] for row in rows] == [("8.0%", "99.0%"), ("15.0%", "98.0%"), ("2.400", "0.800"),
+    assert [row[1:] for row in rows] == [("8.0%", "99.0%"), ("2.400", "0.800"), ("15.0%", "98.0%"),
                                          ("100.0%", "95.0%"), ("0.060", "0.180")]
     labels = [row[0] for row in rows]
     assert labels[0] == "direct answers right, of the 7 letters (held out, n=7)"
-    assert "greedily" in labels[1]
-    assert "n=100" in labels[1]
-    assert labels[2] == "direct answers, NLL"
+    assert labels[1] == "direct answers, NLL"
+    assert "greedily" in labels[2]
+    assert "n=100" in labels[2]
     assert labels[3].startswith("worked answers right")
     assert labels[4] == "worked answers, NLL"
     assert fold.remarks(ANSWERS, GREEDY) == [

@@ -3,6 +3,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,26 @@ def test_importing_is_light_until_it_is_needed_and_sets_nothing():
     done = subprocess.run([sys.executable, "-c", CHILD], cwd=ROOT, capture_output=True, text=True,
                           check=False)
     assert done.stdout.split() == ["light", "unchanged"], done.stderr
+
+
+COMPILES = """
+from types import SimpleNamespace as Some
+from torch import device, nn
+from nanoqstar.device import compiled, speed_up
+block = nn.Linear(1, 1)
+speed_up(Some(lm=Some(model=Some(layers=[block]))), device("cpu"), 0.5, compile=True)
+compiled(abs)
+import torch._functorch.config
+print(torch._functorch.config.activation_memory_budget, block._compiled_call_impl is not None)
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_compiling_imports_what_it_needs():
+    """In a process where nobody else has: torch alone does not import its compiler's settings."""
+    done = subprocess.run([sys.executable, "-c", COMPILES], cwd=ROOT, capture_output=True, text=True,
+                          check=False)
+    assert done.stdout.split() == ["0.5", "True"], done.stderr
 
 
 def test_readme_promises_the_dependencies_that_are_declared():

@@ -12,6 +12,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,7 +192,7 @@ def test_a_wrong_text_field_is_refused_before_everything_is_read(tmp_path, run, 
     monkeypatch.setattr(sources, "text_of", lambda row, *rest, text_of=sources.text_of: (
         read.append(row) or text_of(row, *rest)))
     write_jsonl(tmp_path / "a.jsonl", sentences(1, 5000), field="body")
-    assert_refused(run("--input", tmp_path / "a.jsonl"), "line 1", "fields body", "--text_field")
+    assert_refused(run("--input", tmp_path / "a.jsonl"), "line 1", "fields 'body'", "--text_field")
     assert len(read) == sources.HOPELESS
 
 
@@ -271,6 +272,32 @@ def test_max_tokens_stops_at_the_first_document_end_past_it(run, tmp_path):
     assert n_tokens >= 500 > n_tokens - len(tokenizer.encode(texts[len(kept) - 1]).ids) - 1
     assert_refused(run(*args, 1, out="one"), "a split is empty, of 1 documents", "--max_tokens")
     assert not (tmp_path / "one.partial").exists()  # no leftover for the next --max_tokens
+
+
+@pytest.mark.parametrize("character", ["\u4e00", "ab", " "])
+def test_a_tokenizer_is_trained_on_pieces_of_text_that_has_no_spaces(monkeypatch, character):
+    given, train = [], Tokenizer.train_from_iterator
+    monkeypatch.setattr(Tokenizer, "train_from_iterator", lambda self, texts, trainer: train(
+        self, (given.append(text) or text for text in texts), trainer))
+    ordinary, endless = "".join(sentences(1, 300)), "x y " + character * 5000 + " z"
+    prepare.train_tokenizer(300, [ordinary, endless])
+    assert given[0] == ordinary  # as it is
+    assert "".join(given[1:]) == endless
+    assert 1000 <= max(map(len, given[1:])) <= 1010
+
+
+def test_a_file_without_a_size_is_read(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("ab\n" * 5000)  # as /proc has them
+    monkeypatch.setattr(Path, "stat", lambda self, **options: SimpleNamespace(st_size=0))
+    source = sources.Source(prepare.PrepareConfig(), [str(tmp_path / "a.txt")], None, 0)
+    assert [item.share for item in source.items()] == [1.0] * 4
+
+
+def test_a_parquet_file_without_the_text_field_is_not_read(tmp_path, run, monkeypatch):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *args, **options: iter(()))
+    pq.write_table(pa.table({"body": ["a"] * 5, "n": [1] * 5}), tmp_path / "a.parquet")
+    assert_refused(run("--input", tmp_path / "a.parquet"), "row 1", "but the fields 'body', 'n';")
 
 
 AS_A_SCRIPT = """
@@ -403,9 +430,18 @@ def test_wrong_inputs_are_named(run, tmp_path, monkeypatch):
     assert_refused(given("16.txt", "a text".encode("utf-16")), "16.txt is no UTF-8 text")
     assert_refused(given("bad.jsonl", b'{"text": "a"}\n{"text": "b\n'), "line 2, is no JSON")
     assert_refused(given("field.json", b'{"body": "a", "url": 5}\n'), "--text_field",
-                   "line 1, has no text in 'text', but the fields body, url")
+                   "line 1, has no text in 'text', but the fields 'body', 'url'")
     assert_refused(run("--input", tmp_path / "field.json", "--text_field", "url"),
-                   "line 1, has no text in 'url'")
+                   "line 1, has no text in 'url', but a number; --text_field")
+    many = json.dumps({"a\nb": 1, "x" * 10**5: 2} | {f"k{i}": i for i in range(99)}).encode()
+    result = given("many.jsonl", many)
+    assert_refused(result, r"fields 'a\nb', 'xxx", "xxx, 'k0',", "'k7', ..; --text_field")
+    assert len(result[2]) < 500
+    assert_refused(given("array.json", b'[{"text": "a"}]'), "holds one object a line")
+    assert_refused(given("low.jsonl", b'{"text": "a", "int_score": 1}\n' * 9), "there are 0",
+                   "no text in 'text' or an int_score below --min_score 3")
+    for name, content in (("16", "text".encode("utf-16")), ("nul", b"ab\0" * 9000)):
+        assert_refused(given(f"{name}.txt.gz", gzip.compress(content)), f"{name}.txt.gz is no UTF-8")
     assert_refused(given("cut.txt.gz", gzip.compress(b"text " * 1000)[:-20]),
                    "cut.txt.gz cannot be read as text")
     assert_refused(given("not.txt.gz", b"text"), "not.txt.gz cannot be read as text", "gzip")
@@ -414,8 +450,11 @@ def test_wrong_inputs_are_named(run, tmp_path, monkeypatch):
     assert_refused(given("bad.parquet", b"PAR1 no"), "bad.parquet cannot be read as parquet")
     pq.write_table(pa.table({"body": ["a"], "n": [1]}), tmp_path / "a.parquet")
     assert_refused(run("--input", tmp_path / "a.parquet"), "a.parquet, row 1,",
-                   "no text in 'text', but the fields body, n")
+                   "no text in 'text', but the fields 'body', 'n';")
     assert_refused(run("--input", tmp_path / "a.parquet", "--text_field", "n"), "no text in 'n'")
+    far = pa.table({"text": pa.array([2**62] * 9, pa.timestamp("us"))})
+    pq.write_table(far, tmp_path / "far.parquet")
+    assert_refused(run("--input", tmp_path / "far.parquet"), "far.parquet cannot be read as")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert_refused(run("--input", tmp_path / "a.parquet"), "needs pyarrow: pip install")
     assert not list(tmp_path.glob("out*"))
@@ -439,7 +478,7 @@ def test_wrong_tokenizers_are_named(run, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_wrong_arguments_are_named(run, tmp_path):
+def test_wrong_arguments_are_named(run, tmp_path, monkeypatch):
     text = write_jsonl(tmp_path / "a.jsonl", sentences(1, 50))
     assert_refused(run("--min_scores", 3), "unknown option --min_scores; did you mean --min_score?")
     assert_refused(run("--input", text, "--dataset_name", "a/b"), "--dataset_name is for")
@@ -447,6 +486,12 @@ def test_wrong_arguments_are_named(run, tmp_path):
     assert_refused(run("--input", text, "--max_tokens", 0), "--max_tokens: must be at least 1")
     (tmp_path / "out").mkdir()
     assert_refused(run("--input", text), "out exists and is not prepared data", "--out")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    monkeypatch.setattr(prepare, "make", lambda *args: pytest.fail("begun"))
+    assert_refused(run("--input", text, out="link"), "--out", "link cannot be made: it is a link")
+    assert_refused(run("--input", text, out="a.jsonl/x/y"), "a.jsonl/x/y cannot be made",
+                   "a.jsonl is a file")
+    assert_refused(run("--input", text, out="/"), "/ exists and is not prepared data")
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -609,7 +654,8 @@ def test_hub_errors_are_one_sentence(fake_hub, tmp_path, point_at, monkeypatch):
     point_at("http://127.0.0.1:9")
     assert_refused(fake_hub(), "HuggingFaceFW/fineweb-edu", "cannot be fetched", "no network")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert_refused(fake_hub("--input", local), "acme/model", "HF_HUB_OFFLINE")
+    assert_refused(fake_hub("--input", local), "acme/model", "HF_HUB_OFFLINE",
+                   "--tokenizer train:4096")
     assert not list(tmp_path.glob("out*"))
 
 

@@ -233,6 +233,20 @@ def tokenizer():
     return Tokenizer(models.WordLevel({chr(97 + i): i for i in range(20)}, unk_token="a"))
 
 
+def test_what_was_there_before_a_failed_start_stays(tmp_path):
+    """An empty folder of the user's, also by another name; of a path, only what was missing goes."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    for out in ("mine", "link", "a/b/c"):
+        with pytest.raises(InputError, match="^no$"), run_folder(str(tmp_path / out), "x") as made:
+            (made / "data").mkdir()
+            (made / "data" / "train.bin").write_text("x")
+            (made / "config.json").write_text("{}")
+            raise InputError("no")
+    assert sorted(os.listdir(tmp_path)) == ["link", "mine"]
+    assert os.listdir(tmp_path / "mine") == []
+
+
 def test_saved_is_what_can_be_loaded(log, model, tokenizer):
     assert log.kept == "nothing is saved"
     log.save("pretrain", 7, model, tokenizer, None, None)
@@ -280,7 +294,7 @@ def test_wandb_gets_every_row_with_its_step(tmp_path, monkeypatch, capsys):
     log = RunLog(tmp_path, {}, start_wandb("tiny", {"seed": 1}))
     assert inits == [{"project": "nanoqstar", "name": "tiny", "config": {"seed": 1}}]
     log.write("pretrain", 3, nll_base=2.0)
-    log.offset = 3
+    log.pretrained = 3
     log.write("eval", 0, gain=0.0)
     assert logged == [({"pretrain/nll_base": 2.0}, 3), ({"eval/gain": 0.0}, 3)]
     log.wandb.log = lambda values, step: fail(ValueError("no network"))

@@ -233,9 +233,12 @@ def test_the_demo_ends_with_its_own_table(tmp_path, capsys):
     assert re.search(rf"greedily .*n={greedy['n']}\) +{greedy['base']['right']:.1%} +"
                      rf"{greedy['thoughts']['right']:.1%}\n", printed)
     assert "greedy" not in rows(out, "eval")[0]  # it takes a while
-    hint = printed.splitlines()[-1]
-    assert f"Try it: python sample.py --model_path {out} " in hint and " --show_thoughts" in hint
-    assert f" --prompt '{fold.example_prompt(4, 1, 0)}'" in hint
+    answer, hint = printed.splitlines()[-2:]
+    problem = fold.example_prompt(4, 1, 0)
+    assert hint == (f"python sample.py --model_path {out} --show_thoughts --prompt '{problem}' "
+                    "--temperature 0 --max_new_tokens 8")
+    right = fold.solve(problem[:-1], fold.latin_squares(0))[-1]
+    assert answer.endswith(f"Try it (right is {right}):")
 
 
 def test_pretraining_shows_a_sign_of_life(tmp_path, monkeypatch, capsys):
@@ -392,7 +395,8 @@ def test_a_signal_ends_a_run_after_the_update_at_hand(tmp_path, monkeypatch, cap
     assert start(out, max_steps=9 if n == 4 else 2, log_every=10) == code
     said = capsys.readouterr().err.splitlines()
     assert said == ["ending after this update",
-                    f"error: interrupted; update {step} is saved in {out / folder}"]
+                    f"interrupted; update {step} is saved in {out / folder}: go on with "
+                    f"--model_path {out / folder}"]
     assert saved_step(out / folder) == (step if folder == "checkpoint" else 0)
     assert (out / "checkpoint").exists() == (folder == "checkpoint")
     assert not rows(out, "end") and not (out / ".lock").exists()
@@ -409,7 +413,8 @@ def test_a_signal_ends_an_evaluation_at_once(tmp_path, monkeypatch, capsys, n, f
     assert start(out, eval_every=1) == 130
     assert len(rows(out, "eval")) == n - 1
     assert capsys.readouterr().err == (
-        f"error: interrupted; update {step} is saved in {out / folder}\n")
+        f"interrupted; update {step} is saved in {out / folder}: go on with --model_path "
+        f"{out / folder}\n")
     assert saved_step(out / folder) == (step if folder == "checkpoint" else 0)
 
 
@@ -417,13 +422,13 @@ def test_a_signal_before_anything_is_learned_leaves_nothing(run, tmp_path, monke
     with monkeypatch.context() as patch:
         before_call(patch, fold, "prepare", 1, kill(signal.SIGTERM))
         assert start(tmp_path / "x") == 143
-    assert capsys.readouterr().err == "error: interrupted\n"  # at once: not after an update
+    assert capsys.readouterr().err == "interrupted\n"  # at once: not after an update
     for n in (1, 2):  # while it evaluates, and right after that
         with monkeypatch.context() as patch:
             before_call(patch, evaluate, "score_text" if n == 1 else "line", 1, kill(signal.SIGINT))
             assert start(tmp_path / "x", model_path=str(run[0])) == 130
     assert list(tmp_path.iterdir()) == []
-    assert capsys.readouterr().err.count("error: interrupted; nothing is saved\n") == 2
+    assert capsys.readouterr().err.count("interrupted; nothing is saved\n") == 2
 
 
 def test_a_second_signal_ends_a_run_at_once(tmp_path, monkeypatch, capsys):
@@ -487,12 +492,21 @@ def test_a_last_save_that_fails_says_what_is_kept(tmp_path, monkeypatch, capsys)
         assert said.endswith(str(out / folder)) and len(rows(out, "eval")) == 2
 
 
-def test_a_model_that_an_update_has_broken_is_not_saved(tmp_path, capsys):
-    out = tmp_path / "x"
-    assert start(out, learning_rate=1e300, warmup_steps=0, max_steps=3) == 2
+def test_a_model_that_an_update_has_broken_is_not_saved(tmp_path, monkeypatch, capsys):
+    """And the evaluation that finds it says what to do."""
+    out, step = tmp_path / "x", script.train_step
+
+    def breaking(model, *args):
+        result = step(model, *args)
+        if result[1] is not None:  # it thinks
+            torch.nn.init.constant_(model.lm.head_weight, math.inf)
+        return result
+    monkeypatch.setattr(script, "train_step", breaking)
+    assert start(out, max_steps=1) == 2
     said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith("warning: update ") and "not finite" in said[0]
-    assert said[-1].startswith("error: ") and len(said) == 2
+    assert said[0] == "warning: update 1 is not saved: its weights are not finite"
+    assert said[1].startswith("error: the predictions are not finite at update 1: lower learning_")
+    assert said[1].endswith(f"update 3 is saved in {out / 'base'}") and len(said) == 2
     assert sorted(os.listdir(out)) == ["base", "config.json", "data", "metrics.jsonl"]
 
 
@@ -790,7 +804,7 @@ def test_bad_configs_are_one_sentence(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("change", "sentence"), [
-    ({"tokenizer.json": fold.tokenizer_json(fold.vocabulary()[::-1])}, "is not the tokenizer of"),
+    ({"tokenizer.json": fold.tokenizer_json(fold.vocabulary()[::-1])}, "tokenizer is not that of"),
     ({"tokenizer.json": fold.tokenizer_json(fold.vocabulary(ordinary=0.5))}, "the model 11 rows"),
     ({"tokenizer.json": "{"}, "is not a tokenizer"),
     ({"nanoqstar.json": "{"}, "cannot be read as JSON"),
@@ -821,15 +835,22 @@ def test_data_of_another_tokenizer_is_refused(run, tmp_path, capsys):
     write_dataset(tmp_path / "swapped", fold.tokenizer_json(swapped), 11, None,
                   {"train": ids, "val": ids}, {})
     code = start(tmp_path / "x", model_path=str(run[0]), data=str(tmp_path / "swapped"))
-    refused(capsys, code, f"swapped/tokenizer.json is not the tokenizer of {run[0]}",
+    refused(capsys, code, f"the data's tokenizer is not that of {run[0]}",
             "prepare the data again")
     assert not (tmp_path / "x").exists()
 
 
-def test_another_seed_would_be_another_table(run, tmp_path, capsys):
-    code = start(tmp_path / "x", model_path=str(run[0]), seed=1)
-    refused(capsys, code, "learned the table of --seed 0: with --seed 1 the same letters")
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"seed": 1}, "of --seed 0: with 1 its letters"),
+    ({"fold_operations": 2}, "of --fold_operations 1: with 2 its letters"),
+    ({"fold_ordinary_frac": 0.2}, "of --fold_ordinary_frac 0.0: with 0.2 its letters")])
+def test_another_corpus_would_mean_something_else(run, tmp_path, capsys, change, sentence):
+    code = start(tmp_path / "x", model_path=str(run[0]), **change)
+    refused(capsys, code, "learned the embedded corpus " + sentence)
     assert not (tmp_path / "x").exists()
+
+
+def test_prepared_data_may_have_another_seed(run, tmp_path):
     assert start(tmp_path / "x", model_path=str(run[0]), data=str(run[0] / "data"), seed=1) == 0
 
 

@@ -200,6 +200,84 @@ def test_a_failed_start_leaves_no_folder(run, three_files, tmp_path, monkeypatch
     assert "goes on" not in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
+    def full(*args, **state):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(DatasetWriter, "commit", full)
+    result = run(*three_files)
+    assert_refused(result, "out.partial is full: make room, then the same command begins anew")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def tree(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "link inside", "named as ours"])
+def test_foreign_files_where_the_output_is_written_stay(run, three_files, tmp_path, monkeypatch,
+                                                        kind):
+    partial, mine = tmp_path / "out.partial", tmp_path / "mine"
+    mine.mkdir()
+    for name in ("precious.txt", "train.bin", "tokenizer.json"):
+        (mine / name).write_text("mine")
+    if kind == "file":
+        partial.write_text("mine")
+    elif kind == "folder":
+        mine.rename(partial)
+    elif kind == "link":
+        (mine / "precious.txt").unlink()
+        partial.symlink_to(mine)
+    else:
+        partial.mkdir()
+        if kind == "link inside":
+            (partial / "tokenizer.json").symlink_to(mine / "tokenizer.json")
+        else:
+            (partial / "val.bin").mkdir()
+    before = tree(tmp_path)
+    monkeypatch.setattr(prepare, "make", lambda *args: pytest.fail("begun"))
+    assert_refused(run(*three_files), "out.partial, where --out is written", "choose another --out")
+    assert tree(tmp_path) == before
+
+
+def test_only_our_own_files_are_removed(run, three_files, tmp_path, monkeypatch):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "train.bin").write_text("of a start that was cut off")
+
+    def stop(*args, **state):
+        (partial / "new").mkdir()
+        (partial / "new" / "precious.txt").write_text("put there meanwhile")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(DatasetWriter, "commit", stop)
+    assert run(*three_files)[0] == 130
+    assert [path.name for path in partial.rglob("*")] == ["new", "precious.txt"]
+
+
+def changed(key, value):
+    return lambda journal, _: journal | {key: value}
+
+
+DAMAGE = {
+    "no place": changed("place", None), "other file": changed("place", {"file": 0, "skip": 7}),
+    "negative": changed("place", {"file": -1, "skip": 0}), "no files": changed("files", []),
+    "revision": changed("revision", 5), "left out": changed("left_out", []),
+    "fewer tokens": changed("train", {"tokens": 5, "documents": 1}), "no state": lambda *_: {},
+    "no object": lambda *_: [], "of an earlier version": lambda journal, _: {
+        key: value for key, value in journal.items() if key != "checksum"},
+    "no tokenizer": lambda journal, partial: (partial / "tokenizer.json").unlink() or journal,
+    "other tokenizer": lambda journal, partial: (partial / "tokenizer.json").write_text("{}")
+    and journal}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_journal_is_refused(run, three_files, tmp_path, monkeypatch, damage):
+    def stop(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(DatasetWriter, "fill_short_split", stop)
+    assert run(*three_files)[0] == 130
+    file = tmp_path / "out.partial" / "journal.json"
+    file.write_text(json.dumps(DAMAGE[damage](json.loads(file.read_text()), file.parent)))
+    assert_refused(run(*three_files), "journal.json", "damaged", "out.partial and start again")
+
 
 def test_nobody_reads_the_output(three_files, tmp_path, tokenizer, monkeypatch, capfd):
     class Closed(io.StringIO):
@@ -286,11 +364,11 @@ def test_input_of_other_content_is_not_the_same(run, three_files, tmp_path):
     size = file.stat().st_size
     file.write_bytes(file.read_bytes().replace(b"cat", b"dog"))  # as many files and bytes
     assert file.stat().st_size == size
-    assert_refused(run(*three_files), "out was begun with names_sizes_times", "delete")
+    assert_refused(run(*three_files), "out was begun with other files: names", "delete")
     assert run(*three_files, out="new")[0] == 0
     assert any("dog" in text for text in both(tmp_path / "new"))
     file.rename(file.with_name("4.jsonl"))
-    assert_refused(run(*three_files, out="new"), "new was begun with names_sizes_times")
+    assert_refused(run(*three_files, out="new"), "new was begun with other files: names")
 
 
 def test_another_tokenizer_under_the_name_is_not_the_same(run, three_files, tmp_path):
@@ -299,7 +377,7 @@ def test_another_tokenizer_under_the_name_is_not_the_same(run, three_files, tmp_
     (folder / "tokenizer.json").write_text(prepare.train_tokenizer(300, sentences(5, 90)).to_str())
     assert run(*three_files, "--tokenizer", folder)[0] == 0
     (folder / "tokenizer.json").write_text(prepare.train_tokenizer(301, sentences(5, 90)).to_str())
-    assert_refused(run(*three_files, "--tokenizer", folder), "begun with tokenizer_sha256")
+    assert_refused(run(*three_files, "--tokenizer", folder), "begun with another tokenizer.json:")
 
 
 def test_a_leftover_of_other_input_is_refused(run, three_files, tmp_path, monkeypatch):
@@ -311,7 +389,7 @@ def test_a_leftover_of_other_input_is_refused(run, three_files, tmp_path, monkey
     with open(tmp_path / "in" / "2.jsonl", "a") as file:
         file.write('{"text": "one more"}\n')
     before = {path.name: path.read_bytes() for path in (tmp_path / "out.partial").iterdir()}
-    assert_refused(run(*three_files), "out.partial was begun with bytes", "delete")
+    assert_refused(run(*three_files), "out.partial was begun with other files:", "delete")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out.partial").iterdir()}
 
 
@@ -322,6 +400,9 @@ def test_a_folder_of_an_earlier_version_is_readable_and_not_the_same(run, three_
     (tmp_path / "out" / "meta.json").write_text(json.dumps(meta))
     assert TokenDataset(tmp_path / "out", "train").beginning_ids is None
     assert_refused(run(*three_files), "out was begun by an earlier version", "delete")
+    for source in (None, 1, "text", ["text_field"]):
+        (tmp_path / "out" / "meta.json").write_text(json.dumps(meta | {"source": source}))
+        assert_refused(run(*three_files), "out was begun by an earlier version", "delete")
 
 
 # --- the short split ---
