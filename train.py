@@ -232,12 +232,12 @@ def evaluate_now(this: Run, step: int, rollout: Rollout, final: bool = False) ->
             this.model, text, docs, cfg.n_ahead, cfg.n_ahead_talk, seed=cfg.seed,
             batch_size=cfg.batch_size, sampler=rollout, choices=fold.CHOICES if is_fold else None)
         report = evaluate.report(scores)
+        if not math.isfinite(report.summary["nll_base"]):
+            raise InputError(f"the predictions are not finite at update {step}: lower "
+                             f"learning_rate, or pretrain_learning_rate; {this.log.kept}")
         if is_fold:
             fold.add_answers(report, scores, this.model, final, seed=cfg.seed,
                              operands=cfg.fold_operands, operations=cfg.fold_operations)
-    if not math.isfinite(report.summary["nll_base"]):
-        raise InputError(f"the predictions are not finite at update {step}: lower learning_rate, "
-                         f"or pretrain_learning_rate; {this.log.kept}")
     this.log.write("eval", step, **report.summary)
     for line in evaluate.lines(report, scores, this.tokenizer, step, final):
         this.log.say(line)

@@ -142,8 +142,8 @@ print(torch._functorch.config.activation_memory_budget, block._compiled_call_imp
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 def test_compiling_imports_what_it_needs():
     """In a process where nobody else has: torch alone does not import its compiler's settings."""
-    done = subprocess.run([sys.executable, "-c", COMPILES], cwd=ROOT, capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run([sys.executable, "-c", COMPILES], cwd=ROOT, capture_output=True,
+                          text=True, check=False)
     assert done.stdout.split() == ["0.5", "True"], done.stderr
 
 

@@ -233,16 +233,21 @@ def tokenizer():
     return Tokenizer(models.WordLevel({chr(97 + i): i for i in range(20)}, unk_token="a"))
 
 
+def fail_in(out):
+    with run_folder(str(out), "x") as made:
+        (made / "data").mkdir()
+        (made / "data" / "train.bin").write_text("x")
+        (made / "config.json").write_text("{}")
+        raise InputError("no")
+
+
 def test_what_was_there_before_a_failed_start_stays(tmp_path):
-    """An empty folder of the user's, also by another name; of a path, only what was missing goes."""
+    """An empty folder of the user's, by another name too; of a path, only what was missing goes."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     for out in ("mine", "link", "a/b/c"):
-        with pytest.raises(InputError, match="^no$"), run_folder(str(tmp_path / out), "x") as made:
-            (made / "data").mkdir()
-            (made / "data" / "train.bin").write_text("x")
-            (made / "config.json").write_text("{}")
-            raise InputError("no")
+        with pytest.raises(InputError, match=r"^no$"):
+            fail_in(tmp_path / out)
     assert sorted(os.listdir(tmp_path)) == ["link", "mine"]
     assert os.listdir(tmp_path / "mine") == []
 
