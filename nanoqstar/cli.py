@@ -250,5 +250,5 @@ def say(text: str, stream: Any = None) -> int:
 
 
 def fail(sentence: str) -> int:
-    say(f"error: {sentence}", sys.stderr)
+    say(f"error: {' '.join(sentence.split())}", sys.stderr)
     return WRONG_INPUT

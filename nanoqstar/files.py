@@ -66,14 +66,16 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
     """
     folder = Path(folder)
     path = folder / LOCK
+    tries = 100
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             file = open(path, "a")  # noqa: SIM115
-        except FileNotFoundError:
-            if folder.exists():
+        except (FileNotFoundError, FileExistsError):  # no folder, or one that somebody just removes
+            tries -= 1
+            if not tries:
                 raise
-            continue  # removed just now: once more
+            continue
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -178,7 +178,7 @@ def load_thinker(path_or_id: str | os.PathLike, device: str | torch.device = "cp
             if stamp(folder) == before:
                 return loaded
             del loaded  # one copy in memory, not two
-        except (InputError, OSError, SafetensorError):
+        except Exception:  # safetensors and torch open files, too, and have their own classes
             if before and stamp(folder) == before:
                 raise
     raise InputError(f"{path_or_id} is being replaced again and again: wait until that has ended")
@@ -248,11 +248,12 @@ def save(folder: str | os.PathLike, model: QuietStar, tokenizer: Tokenizer, *,
     folder = Path(folder).resolve()
     work = workplace(folder)
     new, old = work / "nanoqstar.new", work / "nanoqstar.old"
-    if folder.is_file() or (folder.exists() and any(folder.iterdir())
-                            and not (folder / "nanoqstar.json").exists()):
-        raise InputError(f"{folder} exists and was not saved by nanoqstar; choose another folder")
     try:
         with lock(work):
+            if folder.is_file() or (folder.exists() and any(folder.iterdir())
+                                    and not (folder / "nanoqstar.json").exists()):
+                raise InputError(f"{folder} exists and was not saved by nanoqstar; choose another "
+                                 "folder")
             try:
                 shutil.rmtree(new, ignore_errors=True)
                 new.mkdir()

@@ -156,8 +156,8 @@ def find_weights(folder: Path) -> dict[str, Stored]:
     wrong: list[str] = []
     for shard in sorted(set(shards.values())):
         if not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):
-            raise InputError(f"{index} names '{shown(shard)}': only .safetensors files beside it are "
-                             "read")
+            raise InputError(f"{index} names '{shown(shard)}': only .safetensors files beside it "
+                             "are read")
         held = read_header(folder / shard)[0]
         wrong += held.keys() & stored.keys()
         stored |= held

@@ -139,8 +139,8 @@ def meta(**changes):
 
 
 def header(shape):
-    text = b"{'descr': '<i8', 'fortran_order': False, 'shape': " + shape + b", }"
-    return write("train.docs.npy", b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(117) + b"\n" + bytes(8))
+    text = (b"{'descr': '<i8', 'fortran_order': False, 'shape': " + shape + b", }").ljust(117)
+    return write("train.docs.npy", b"\x93NUMPY\x01\x00\x76\x00" + text + b"\n" + bytes(8))
 
 
 def offsets(values):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from nanoqstar import InputError, files
-from nanoqstar.files import LOCK, lock, read_json, sync, write_json
+from nanoqstar.files import LOCK, lock, read_json, shown, sync, write_json
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -92,6 +92,12 @@ def test_sync(tmp_path, monkeypatch):
         sync(tmp_path / "b")
 
 
+@pytest.mark.parametrize(("name", "line"), [
+    ("a", "a"), ("a\nb\u2028", r"a\nb\u2028"), ("x" * 101, "x" * 100 + ".."), ("ü", "ü")])
+def test_a_name_is_shown_as_a_short_line(name, line):
+    assert shown(name) == line
+
+
 # ---- the lock
 
 fcntl = pytest.importorskip("fcntl")
@@ -166,6 +172,29 @@ def test_a_file_removed_between_opening_and_locking(tmp_path, monkeypatch, succe
         assert os.path.samestat(path.stat(), os.fstat(opened[1].fileno()))
         monkeypatch.undo()
         assert refused(tmp_path)
+
+
+def test_a_folder_removed_before_its_lock_is_there(tmp_path, monkeypatch):
+    folder, opened = tmp_path / "a", []
+
+    def race(*args, **options):
+        opened.append(args)
+        if len(opened) == 1:
+            folder.rmdir()
+        return builtins.open(*args, **options)
+    monkeypatch.setattr(files, "open", race, raising=False)
+    with lock(folder):
+        assert len(opened) == 2
+        assert (folder / LOCK).exists()
+
+
+def test_a_lock_is_let_go_whatever_becomes_of_its_name(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise PermissionError
+    with monkeypatch.context() as patch, pytest.raises(PermissionError) as held, lock(tmp_path):
+        patch.setattr(files.Path, "unlink", fail)
+    with lock(tmp_path):
+        assert held.traceback  # keeps what its frames hold
 
 
 def test_lock_of_what_cannot_be_a_folder(tmp_path):

@@ -440,8 +440,8 @@ def test_wrong_inputs_are_named(run, tmp_path, monkeypatch):
     assert_refused(given("array.json", b'[{"text": "a"}]'), "holds one object a line")
     assert_refused(given("low.jsonl", b'{"text": "a", "int_score": 1}\n' * 9), "there are 0",
                    "no text in 'text' or an int_score below --min_score 3")
-    for name, content in (("16", "text".encode("utf-16")), ("nul", b"ab\0" * 9000)):
-        assert_refused(given(f"{name}.txt.gz", gzip.compress(content)), f"{name}.txt.gz is no UTF-8")
+    for content in ("text".encode("utf-16"), b"ab\0" * 9000):
+        assert_refused(given("zip.txt.gz", gzip.compress(content)), "zip.txt.gz is no UTF-8 text")
     assert_refused(given("cut.txt.gz", gzip.compress(b"text " * 1000)[:-20]),
                    "cut.txt.gz cannot be read as text")
     assert_refused(given("not.txt.gz", b"text"), "not.txt.gz cannot be read as text", "gzip")

@@ -353,13 +353,14 @@ def test_a_model_without_numbers_is_refused(demo, tmp_path, write, value, args):
 
 def test_the_newest_run_is_taken(demo, tmp_path, write, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for n, name in enumerate(("a/checkpoint.partial/nanoqstar.old", "b/checkpoint", "b/checkpoint.partial/nanoqstar.old", "c/base")):
+    aside = "checkpoint.partial/nanoqstar.old"
+    for n, name in enumerate((f"a/{aside}", "b/checkpoint", f"b/{aside}", "c/base")):
         shutil.copytree(demo / "checkpoint", tmp_path / "out" / name)
-        written = 0 if name == "b/checkpoint.partial/nanoqstar.old" else n
+        written = 0 if name == f"b/{aside}" else n
         os.utime(tmp_path / "out" / name / "nanoqstar.json", (written, written))
     assert sample.newest_run() == Path("out/b/checkpoint")
     shutil.rmtree("out/b")
-    assert sample.newest_run() == Path("out/a/checkpoint.partial/nanoqstar.old")
+    assert sample.newest_run() == Path("out/a") / aside
     assert sample.main(["--prompt", "abcd=", "--max_new_tokens", "2"]) == 0
 
 

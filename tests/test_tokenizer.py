@@ -1,6 +1,7 @@
 """Tokenizers: what is loaded, what begins and ends a text, what no text holds."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -63,6 +64,16 @@ def test_broken_tokenizer(tmp_path, content):
 def test_missing_tokenizer(tmp_path):
     with pytest.raises(InputError, match=r"has no tokenizer\.json: name .* with --tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_is_no_file(tmp_path):
+    """Opening a FIFO would wait for ever."""
+    (tmp_path / "a" / "tokenizer.json").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    os.mkfifo(tmp_path / "b" / "tokenizer.json")
+    for name in ("a", "b"):
+        with pytest.raises(InputError, match=r"has no tokenizer\.json"):
+            load_tokenizer(tmp_path / name)
 
 
 def test_beginning():
