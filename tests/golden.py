@@ -102,7 +102,7 @@ def check(path):
 
 
 def main(paths):
-    if not paths or paths[0].startswith("-"):
+    if not paths or str(paths[0]).startswith("-"):
         sys.exit("usage: python tests/golden.py CASE.json [...]")
     failed = False
     for path in paths:
