@@ -104,7 +104,7 @@ def ask(monkeypatch, data):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
 
 
-def refused(result, *pieces):
+def check_refused(result, *pieces):
     code, _, err = result
     assert (code, err[:7], err.count("\n")) == (2, "error: ", 1), result
     assert all(piece in err for piece in pieces), err
@@ -141,7 +141,7 @@ def test_nothing_heavy_is_imported_before_the_arguments_are_parsed():
 def test_help_and_typos(capsys):
     assert sample.main(["--help"]) == 0
     assert "--show_thoughts" in capsys.readouterr().out
-    refused((sample.main(["--promt", "a"]), *capsys.readouterr()), "did you mean --prompt?")
+    check_refused((sample.main(["--promt", "a"]), *capsys.readouterr()), "did you mean --prompt?")
 
 
 # ---- what it writes
@@ -227,7 +227,7 @@ def test_a_model_that_was_never_taught_to_think(letters, write):
     assert "never taught to think: writing without" in err
     assert write(letters, "--prompt", "a", "--max_new_tokens", "2", "--no_thoughts") == (0, out, "")
     for args in (["--n_ahead", "6"], ["--show_thoughts"]):
-        refused(write(letters, "--prompt", "a", *args), "never taught to think: leave")
+        check_refused(write(letters, "--prompt", "a", *args), "never taught to think: leave")
 
 
 def test_a_tiny_temperature_or_top_p_is_greedy(demo, write):
@@ -243,7 +243,7 @@ def test_another_tokenizer(demo, tmp_path, write):
     bare = shutil.copytree(demo / "checkpoint", tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
     args = "--prompt", "abcd=", "--max_new_tokens", "4"
-    refused(write(bare, *args), "tokenizer.json", "--tokenizer")
+    check_refused(write(bare, *args), "tokenizer.json", "--tokenizer")
     assert write(bare, *args, "--tokenizer", str(demo / "checkpoint")) == write(demo, *args)
 
 
@@ -311,7 +311,7 @@ def test_the_next_prompt_may_be_better(demo, write, monkeypatch):
 def test_it_refuses_in_one_sentence(demo, capsys, args, pieces):
     code = sample.main(["--model_path", str(demo), *args])
     out, err = capsys.readouterr()
-    refused((code, out, err.splitlines()[-1] + "\n"), *pieces)
+    check_refused((code, out, err.splitlines()[-1] + "\n"), *pieces)
     assert err.count("\n") == 1 + ("were trained with n_ahead" in err)
 
 
@@ -321,20 +321,22 @@ def test_damaged_folders_are_refused_in_one_sentence(demo, tmp_path, write):
         (folder / file).write_bytes(content)
         return folder
     weights = (demo / "checkpoint" / "model.safetensors").read_bytes()
-    refused(write(damaged("a", "nanoqstar.json", b"{"), "--prompt", "a"), "nanoqstar.json")
-    refused(write(damaged("b", "nanoqstar.json", b"[" * 10**5), "--prompt", "a"), "nanoqstar.json")
-    refused(write(damaged("c", "model.safetensors", weights[:len(weights) // 2]), "--prompt", "a"),
+    check_refused(write(damaged("a", "nanoqstar.json", b"{"), "--prompt", "a"), "nanoqstar.json")
+    check_refused(write(damaged("b", "nanoqstar.json", b"[" * 10**5), "--prompt", "a"),
+                  "nanoqstar.json")
+    half = weights[:len(weights) // 2]
+    check_refused(write(damaged("c", "model.safetensors", half), "--prompt", "a"),
             "model.safetensors")
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "metrics.jsonl").write_text("")
-    refused(write(tmp_path / "new", "--prompt", "a"), "has saved nothing yet")
+    check_refused(write(tmp_path / "new", "--prompt", "a"), "has saved nothing yet")
 
 
 @pytest.mark.parametrize("text", ["5", "[]", '{"config": 5}', '{"step": "x"}'])
 def test_a_garbled_nanoqstar_json_is_refused(demo, tmp_path, write, text):
     folder = shutil.copytree(demo / "checkpoint", tmp_path / "garbled")
     (folder / "nanoqstar.json").write_text(text)
-    refused(write(folder, "--prompt", "a"), "nanoqstar.json")
+    check_refused(write(folder, "--prompt", "a"), "nanoqstar.json")
 
 
 @pytest.mark.parametrize("value", [float("nan"), 3e38], ids=["nan", "too large"])
@@ -345,7 +347,7 @@ def test_a_model_without_numbers_is_refused(demo, tmp_path, write, value, args):
     hf.save(tmp_path / "run", model, tokenizer, thinking=settings.thinking, step=0, config={},
             source=None)
     result = write(tmp_path / "run", "--prompt", "ab", *args)
-    refused((result[0], "", result[2]), "not finite", "NaN")
+    check_refused((result[0], "", result[2]), "not finite", "NaN")
 
 
 # ---- which run, and how it ends
@@ -366,7 +368,8 @@ def test_the_newest_run_is_taken(demo, tmp_path, write, monkeypatch):
 
 def test_without_any_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    refused((sample.main(["--prompt", "a"]), *capsys.readouterr()), "no finished run under out/")
+    check_refused((sample.main(["--prompt", "a"]), *capsys.readouterr()),
+                  "no finished run under out/")
 
 
 def test_nobody_reads_on(demo, monkeypatch, capfd):

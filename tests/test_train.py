@@ -743,7 +743,7 @@ def test_a_checkpointed_model_is_saved_under_its_own_names(tmp_path, run):
 # ---- what is refused
 
 
-def refused(capsys, code, *sentences):
+def check_refused(capsys, code, *sentences):
     """Whether a start has ended in one sentence that holds these."""
     said = capsys.readouterr().err
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
@@ -771,7 +771,7 @@ def test_absurd_sizes_are_refused_before_anything_is_made(tmp_path, monkeypatch,
     before = resource.getrusage(resource.RUSAGE_SELF)
     code = start(tmp_path / "x", *args)
     after = resource.getrusage(resource.RUSAGE_SELF)
-    refused(capsys, code, sentence)
+    check_refused(capsys, code, sentence)
     assert after.ru_maxrss - before.ru_maxrss < 2**17  # KiB
     assert after.ru_utime - before.ru_utime < 2
     assert list(tmp_path.iterdir()) == []
@@ -790,17 +790,17 @@ def test_absurd_sizes_are_refused_before_anything_is_made(tmp_path, monkeypatch,
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, args, sentence):
     new = {"--data": "data", "--model_path": "model_path"}.get(args[0])
     if new:  # only what applies to it is given with it
-        refused(capsys, start(tmp_path / "x", **{new: args[1]}), sentence)
+        check_refused(capsys, start(tmp_path / "x", **{new: args[1]}), sentence)
     else:
-        refused(capsys, start(tmp_path / "x", *args), sentence)
+        check_refused(capsys, start(tmp_path / "x", *args), sentence)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_configs_are_one_sentence(tmp_path, capsys):
-    refused(capsys, script.main(["missing.json"]), "no config 'missing.json'")
-    refused(capsys, script.main(["tinny"]), "no config 'tinny'; did you mean tiny?")
+    check_refused(capsys, script.main(["missing.json"]), "no config 'missing.json'")
+    check_refused(capsys, script.main(["tinny"]), "no config 'tinny'; did you mean tiny?")
     (tmp_path / "config.json").write_text('{"max_step": 3}')
-    refused(capsys, script.main([str(tmp_path / "config.json")]), "unknown key 'max_step'")
+    check_refused(capsys, script.main([str(tmp_path / "config.json")]), "unknown key 'max_step'")
 
 
 @pytest.mark.parametrize(("change", "sentence"), [
@@ -825,7 +825,7 @@ def test_a_damaged_model_is_one_sentence_and_leaves_nothing(run, tmp_path, capsy
             file.unlink()
         else:
             file.write_text(content)
-    refused(capsys, start(tmp_path / "x", model_path=str(tmp_path / "model")), sentence)
+    check_refused(capsys, start(tmp_path / "x", model_path=str(tmp_path / "model")), sentence)
     assert not (tmp_path / "x").exists()
 
 
@@ -835,7 +835,7 @@ def test_data_of_another_tokenizer_is_refused(run, tmp_path, capsys):
     write_dataset(tmp_path / "swapped", fold.tokenizer_json(swapped), 11, None,
                   {"train": ids, "val": ids}, {})
     code = start(tmp_path / "x", model_path=str(run[0]), data=str(tmp_path / "swapped"))
-    refused(capsys, code, f"the data's tokenizer is not that of {run[0]}",
+    check_refused(capsys, code, f"the data's tokenizer is not that of {run[0]}",
             "prepare the data again")
     assert not (tmp_path / "x").exists()
 
@@ -846,7 +846,7 @@ def test_data_of_another_tokenizer_is_refused(run, tmp_path, capsys):
     ({"fold_ordinary_frac": 0.2}, "of --fold_ordinary_frac 0.0: with 0.2 its letters")])
 def test_another_corpus_would_mean_something_else(run, tmp_path, capsys, change, sentence):
     code = start(tmp_path / "x", model_path=str(run[0]), **change)
-    refused(capsys, code, "learned the embedded corpus " + sentence)
+    check_refused(capsys, code, "learned the embedded corpus " + sentence)
     assert not (tmp_path / "x").exists()
 
 
@@ -861,7 +861,7 @@ def test_prepared_data_may_have_another_seed(run, tmp_path):
     (["--n_ahead", "0", "--policy_weight", "4"], "--policy_weight is for thoughts"),
     (["--tokenizer", "x"], "--tokenizer is for model_path")])
 def test_what_does_not_apply_is_refused(capsys, args, sentence):
-    refused(capsys, script.main(args), sentence, "leave it out")
+    check_refused(capsys, script.main(args), sentence, "leave it out")
 
 
 def test_help_lists_what_applies(capsys):
@@ -901,26 +901,28 @@ def test_two_runs_in_one_folder(run, tmp_path, capsys):
     out = tmp_path / "x"
     with files.lock(out):
         (out / "metrics.jsonl").write_text("of the first\n")
-        refused(capsys, start(out), f"another process is writing {out}")
+        check_refused(capsys, start(out), f"another process is writing {out}")
         assert (out / "metrics.jsonl").read_text() == "of the first\n" and (out / ".lock").exists()
-    refused(capsys, start(out), f"{out} already holds a run or other files")
+    check_refused(capsys, start(out), f"{out} already holds a run or other files")
     assert os.listdir(out) == ["metrics.jsonl"]
     before = {p: p.stat().st_mtime_ns for p in run[0].rglob("*")}
-    refused(capsys, start(run[0]), "already holds a run")
+    check_refused(capsys, start(run[0]), "already holds a run")
     assert before == {p: p.stat().st_mtime_ns for p in run[0].rglob("*")}
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    refused(capsys, start(tmp_path / "file" / "x"), "cannot be made", "choose another --out_dir")
-    refused(capsys, start(tmp_path / "file"), "cannot be made")
+    check_refused(capsys, start(tmp_path / "file" / "x"), "cannot be made",
+                  "choose another --out_dir")
+    check_refused(capsys, start(tmp_path / "file"), "cannot be made")
 
 
 def test_torchrun_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(capsys, start(tmp_path / "x"), "torchrun would start as many whole runs as processes")
+    check_refused(capsys, start(tmp_path / "x"),
+                  "torchrun would start as many whole runs as processes")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    refused(capsys, start(tmp_path / "x", data="nowhere"), "no prepared data")
+    check_refused(capsys, start(tmp_path / "x", data="nowhere"), "no prepared data")
 
 
 def test_an_older_data_folder_lacks_the_beginning_of_text(tmp_path, capsys):
