@@ -322,6 +322,10 @@ def prepare(cfg: TrainConfig, log: RunLog, signals: Signals, device: torch.devic
             raise InputError(
                 f"the data's tokenizer is not that of {cfg.model_path}: prepare the data again "
                 f"with --tokenizer {cfg.tokenizer or origin.folder}")
+        for name in ("start_init_text", "end_init_text") if origin.thinking.n_ahead else ():
+            if (ours := getattr(cfg, name)) != origin.config.get(name, ours):
+                log.say(f"{name} {ours!r} does nothing: start and end are as trained in "
+                        f"{cfg.model_path}")
     model.thought_temperature = cfg.thought_temperature
     if device.type == "cuda" and model.lm.config.head_dim < 16:
         raise InputError(f"heads of {model.lm.config.head_dim} numbers: attention on a GPU needs "

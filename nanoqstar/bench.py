@@ -607,3 +607,6 @@ def run(cfg: BenchConfig) -> None:
         section(f"sizes of {name}", bench_sizes, shape, cfg, rate, results[f"train {name}"])
     if "prepare" in parts:
         section("prepare", bench_prepare)
+    if failed := [name for name, r in results.items() if isinstance(r, dict) and "failed" in r]:
+        raise InputError(f"{' and '.join(failed)} failed, as said above: take a smaller "
+                         "--batch_size or --config")

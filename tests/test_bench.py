@@ -216,3 +216,10 @@ def test_help_lists_what_can_be_measured(capsys):
     assert bench.main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert "what (train|sample|prepare|all, required)" in printed and "--batch_size" in printed
+
+
+def test_a_step_that_failed_is_no_success(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "bench_train", lambda *arguments: {"failed": "for want of memory"})
+    monkeypatch.setattr(bench, "matrix_rate", lambda device: bench.spread([1e9]))
+    assert bench.main(["train", "--config", "cpu", "--device", "cpu", "--no_scaling"]) == 2
+    assert capsys.readouterr().err.startswith("error: train cpu failed")

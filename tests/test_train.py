@@ -840,6 +840,12 @@ def test_data_of_another_tokenizer_is_refused(run, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_trained_delimiters_stay_and_a_text_for_them_is_said_to_do_nothing(run, tmp_path, capsys):
+    assert start(tmp_path / "x", model_path=str(run[0]), start_init_text="=") == 0
+    said = [row for row in capsys.readouterr().out.splitlines() if "does nothing" in row]
+    assert said == [f"start_init_text '=' does nothing: start and end are as trained in {run[0]}"]
+
+
 @pytest.mark.parametrize(("change", "sentence"), [
     ({"seed": 1}, "of --seed 0: with 1 its letters"),
     ({"fold_operations": 2}, "of --fold_operations 1: with 2 its letters"),
