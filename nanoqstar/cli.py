@@ -202,9 +202,10 @@ def command(args: Iterable[str], read: Callable[[list[str]], tuple], target: str
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character shows another
             stream.reconfigure(errors="replace")
-    # threads that wait sleep: spinning, two of them take ten times as long on a machine whose cores
-    # are taken; read when torch is imported
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # threads that wait spin for a moment, then sleep: by the system's default they spin on, and two
+    # take ten times as long on a machine whose cores are taken; read when torch is imported
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         arguments = read(list(args))
         module, function = target.split(":")

@@ -99,7 +99,7 @@ def pick_threads(wanted: int | None, hidden_size: int) -> None:
     """Sets torch's CPU threads: as wanted, else one a core, of which a small model uses two.
 
     The same on every start, because another number of threads rounds otherwise. `cli.command` has
-    them sleep while they wait: where cores are taken, spinning would cost minutes for seconds.
+    them sleep after a moment of waiting: where cores are taken, spinning costs minutes for seconds.
     """
     few = torch.get_num_threads() if hidden_size > SMALL_WIDTH else 2
     torch.set_num_threads(wanted or min(few, torch.get_num_threads()))
