@@ -126,7 +126,7 @@ def blocks(seed: int, split: str, operands: int = 4, worked: float = 0.1, restat
 
 
 def texts(seed: int, split: str, n_characters: int, **make: Any) -> Iterator[str]:
-    """At least n_characters of `blocks`, in texts of about MAX_DOCUMENT each."""
+    """At least n_characters of lines, in texts of about MAX_DOCUMENT; make: of `blocks`."""
     held, length = [], 0
     for block in blocks(seed, split, **make):
         held.append(block)
@@ -137,11 +137,6 @@ def texts(seed: int, split: str, n_characters: int, **make: Any) -> Iterator[str
             held, length = [], 0
         if n_characters <= 0:
             return
-
-
-def make_text(seed: int, split: str, n_characters: int, **make: Any) -> str:
-    """At least n_characters of lines; make: the arguments of `blocks`."""
-    return "".join(texts(seed, split, n_characters, **make))
 
 
 def tokenizer_json(characters: str) -> str:

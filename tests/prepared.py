@@ -1,4 +1,4 @@
-"""What the tests of data/prepare.py and of data/writer.py share."""
+"""What the tests of preparing, of the embedded corpus and of training share."""
 
 import gzip
 import json
@@ -6,7 +6,7 @@ import json
 import numpy as np
 from tokenizers import Tokenizer
 
-from data import prepare
+from data import fold, prepare
 from nanoqstar.dataset import TokenDataset
 
 OUTPUT = ("meta.json", "tokenizer.json", "train.bin", "train.docs.npy", "val.bin", "val.docs.npy")
@@ -76,3 +76,8 @@ def assert_refused(result, *words):
     assert "Traceback" not in err
     for word in words:
         assert word in line, line
+
+
+def fold_text(seed, split, n_characters, **make):
+    """The embedded corpus's text, in one piece."""
+    return "".join(fold.texts(seed, split, n_characters, **make))

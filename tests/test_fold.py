@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from prepared import fold_text
 from tokenizers import Tokenizer
 
 from data import fold
@@ -35,7 +36,7 @@ def test_latin_square_and_steps_by_hand():
 
 
 def test_no_training_line_of_any_style_holds_a_held_out_problem():
-    text = fold.make_text(3, "train", 200_000)
+    text = fold_text(3, "train", 200_000)
     held_out = set(fold.problems(4)[1])
     lines = text.splitlines()
     assert 150 < len(held_out) < 350
@@ -43,12 +44,12 @@ def test_no_training_line_of_any_style_holds_a_held_out_problem():
     assert not held_out & {line[:4] for line in lines}
     restated = "".join(line for line in lines if line[5:10] == f"({line[:4]}")
     assert not held_out & set(re.findall(r"\(([a-g]{4})\)", restated))
-    assert {line[:4] for line in fold.make_text(3, "val", 50_000).splitlines()} == held_out
+    assert {line[:4] for line in fold_text(3, "val", 50_000).splitlines()} == held_out
 
 
 def test_styles_come_in_their_shares_and_answers_are_right():
     squares, counts = fold.latin_squares(5), dict.fromkeys(fold.STYLES, 0)
-    text = fold.make_text(5, "train", 100_000, worked=0.1, restated=0.3)
+    text = fold_text(5, "train", 100_000, worked=0.1, restated=0.3)
     for style, k, problem in fold.find_answers("\n" + text):
         steps = fold.solve(problem, squares)
         assert ("\n" + text)[k] == steps[-1]
@@ -57,8 +58,8 @@ def test_styles_come_in_their_shares_and_answers_are_right():
     assert abs(shares["direct"] - 0.6) < 0.02
     assert abs(shares["restated"] - 0.3) < 0.02
     assert abs(shares["worked"] - 0.1) < 0.02
-    assert text == fold.make_text(5, "train", 100_000, worked=0.1, restated=0.3)
-    assert text != fold.make_text(6, "train", 100_000, worked=0.1, restated=0.3)
+    assert text == fold_text(5, "train", 100_000, worked=0.1, restated=0.3)
+    assert text != fold_text(6, "train", 100_000, worked=0.1, restated=0.3)
 
 
 def lines_one_by_one(seed, split, n_lines, operands, worked, restated, operations, ordinary):
@@ -83,13 +84,13 @@ def lines_one_by_one(seed, split, n_lines, operands, worked, restated, operation
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_the_text_is_what_a_plain_loop_draws(make, split):
     expected = lines_one_by_one(3, split, 3000, **make)
-    assert fold.make_text(3, split, len(expected), **make) == expected
-    assert expected.startswith(fold.make_text(3, split, 1, **make))
+    assert fold_text(3, split, len(expected), **make) == expected
+    assert expected.startswith(fold_text(3, split, 1, **make))
 
 
 def test_no_direct_lines_at_all():
     """0.9 + 0.1 + what is left: less than nothing, rounded."""
-    text = fold.make_text(0, "train", 20_000, worked=0.1, restated=0.9)
+    text = fold_text(0, "train", 20_000, worked=0.1, restated=0.9)
     assert {style for style, _, _ in fold.find_answers(text)} == {"restated", "worked"}
 
 
@@ -97,7 +98,7 @@ def test_a_prepared_folder_holds_the_text(tmp_path):
     make = MAKE | {"operations": 2, "ordinary": 0.1}
     fold.prepare(tmp_path / "d", seed=3, n_train=20_000, n_val=500, **make)
     for split, n in (("train", 20_000), ("val", 500)):
-        data, text = TokenDataset(tmp_path / "d", split), fold.make_text(3, split, n, **make)
+        data, text = TokenDataset(tmp_path / "d", split), fold_text(3, split, n, **make)
         ids, docs = data.windows([0], data.n_tokens)
         assert fold.decode(ids[0].tolist(), 2) == text
         assert len(text) >= n
@@ -121,7 +122,7 @@ def test_a_large_text_is_never_held_in_memory(tmp_path, monkeypatch):
     assert 35 < data.meta["train"]["documents"] <= 40
     assert data.meta["val"]["documents"] == 1
     ids, _ = data.windows([0], 500_000)
-    assert fold.decode(ids[0].tolist(), 1) == fold.make_text(0, "train", 500_000)[:500_000]
+    assert fold.decode(ids[0].tolist(), 1) == fold_text(0, "train", 500_000)[:500_000]
 
 
 @pytest.mark.parametrize("operands", [2, 8])
@@ -141,7 +142,7 @@ def test_tokenizer_and_encode_agree():
     for operations, ordinary in ((1, 0.0), (3, 0.3)):
         characters = fold.vocabulary(operations, ordinary)
         tokenizer = Tokenizer.from_str(fold.tokenizer_json(characters))
-        text = fold.make_text(0, "val", 500, operations=operations, ordinary=ordinary)
+        text = fold_text(0, "val", 500, operations=operations, ordinary=ordinary)
         ids = tokenizer.encode(text).ids
         assert ids == fold.encode(text, characters).tolist()
         assert tokenizer.decode(ids) == text
@@ -152,7 +153,7 @@ def test_tokenizer_and_encode_agree():
 
 def test_larger_corpora_hold_out_as_well():
     options = {"operands": 6, "operations": 3, "ordinary": 0.2}
-    train, val = (fold.make_text(1, split, 60_000, **options) for split in ("train", "val"))
+    train, val = (fold_text(1, split, 60_000, **options) for split in ("train", "val"))
     found = {split: {p for _, _, p in fold.find_answers("\n" + text)}
              for split, text in (("train", train), ("val", val))}
     assert len(found["train"]) > 1000
@@ -263,7 +264,7 @@ MODEL = SimpleNamespace(lm=SimpleNamespace(head_weight=torch.zeros(1)))
 
 
 def val_windows(n, length=64):
-    text = fold.make_text(0, "val", n * length)
+    text = fold_text(0, "val", n * length)
     return torch.stack([ids_of(text[k * length:(k + 1) * length]) for k in range(n)])
 
 

@@ -916,7 +916,8 @@ def test_peak_memory_is_one_copy(folder, tmp_path):
 @pytest.mark.parametrize(("path", "message"), [
     ("no-such-folder", "no folder 'no-such-folder', and it is no Hub id"),
     ("a/b/c", "no Hub id"), ("./x", "no Hub id"), ("/no/such", "no Hub id"),
-    (__file__, "is a file; give the folder"), ("", "no folder '', and it is no Hub id"),
+    pytest.param(__file__, "is a file; give the folder", id="a file"),
+    ("", "no folder '', and it is no Hub id"),
     ("x" * 5000, r"no folder 'x{100}\.\.', and it is no Hub id"),
 ])
 def test_no_such_folder(path, message):

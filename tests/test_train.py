@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from prepared import fold_text
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 
@@ -180,7 +181,7 @@ def lines(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "lines"
     characters = fold.vocabulary()
     splits = {split: [fold.encode(line, characters) for line in
-                      fold.make_text(0, split, 2000).splitlines(keepends=True)]
+                      fold_text(0, split, 2000).splitlines(keepends=True)]
               for split in ("train", "val")}
     write_dataset(folder, fold.tokenizer_json(characters), len(characters), None, splits, {})
     return folder
@@ -831,7 +832,7 @@ def test_a_damaged_model_is_one_sentence_and_leaves_nothing(run, tmp_path, capsy
 
 def test_data_of_another_tokenizer_is_refused(run, tmp_path, capsys):
     swapped = fold.vocabulary()[::-1]
-    ids = [fold.encode(fold.make_text(0, "train", 3000), swapped)]
+    ids = [fold.encode(fold_text(0, "train", 3000), swapped)]
     write_dataset(tmp_path / "swapped", fold.tokenizer_json(swapped), 11, None,
                   {"train": ids, "val": ids}, {})
     code = start(tmp_path / "x", model_path=str(run[0]), data=str(tmp_path / "swapped"))
@@ -939,7 +940,7 @@ def test_an_older_data_folder_lacks_the_beginning_of_text(tmp_path, capsys):
     plain = tokenizer.to_str()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", len(characters))])
-    ids = [fold.encode(fold.make_text(0, "train", 3000), characters)]
+    ids = [fold.encode(fold_text(0, "train", 3000), characters)]
     for name, words, older in (("older", tokenizer.to_str(), True),
                                ("newer", tokenizer.to_str(), False), ("plain", plain, True)):
         folder = tmp_path / name
