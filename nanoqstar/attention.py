@@ -8,19 +8,21 @@ other: `dense` (the definition, small and slow), `TwoPart` (CPU, MPS: no quadrat
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from nanoqstar.device import can_compile, compiled
 from nanoqstar.thoughts import Packing, query_rows, visible
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# of TwoPart: a chunk's scores stay in cache, its text keys end where its positions do
-POSITIONS_PER_CHUNK = 16
+# of TwoPart: a piece's scores stay in the cache, its text keys end where its positions do
+SCORES_PER_PIECE = 2**19
 
 
 def dense(mask: torch.Tensor | None) -> Attend:
@@ -64,16 +66,14 @@ def minus_infinity_where(mask: torch.Tensor) -> torch.Tensor:
 class TwoPart:
     """Queries against the text's keys and against their own group's keys, in one softmax.
 
-    The cost beyond what is visible is half a chunk of text keys and the other passes of the own
+    The cost beyond what is visible is half a piece of text keys and the other passes of the own
     group; nothing of size [packed, packed] exists and grouped keys are never repeated.
     """
 
     def __init__(self, packing: Packing, docs: torch.Tensor) -> None:
-        self.packing, self.has_text = packing, True
-        seen = text_mask(docs[:, :packing.n_text])
-        self.text = dense(seen)
-        # (B, 1, T, n_text)
-        self.text_bias = minus_infinity_where(~seen[:, :, :packing.n_positions])
+        self.packing, self.offset = packing, None
+        # (B, 1, n_text, n_text)
+        self.text_bias = minus_infinity_where(~text_mask(docs[:, :packing.n_text]))
         self.own_bias = self.own_bias_at(None, docs.device)
 
     def own_bias_at(self, offset: int | None, device: torch.device) -> torch.Tensor:
@@ -87,41 +87,114 @@ class TwoPart:
 
     def at(self, offset: int) -> "TwoPart":
         """The same for the queries of one offset alone (0: text and roots), against all keys."""
-        step = copy.copy(self)
-        step.own_bias, step.has_text = self.own_bias_at(offset, self.own_bias.device), offset == 0
+        step: Any = copy.copy(self)
+        step.own_bias, step.offset = self.own_bias_at(offset, self.own_bias.device), offset
         return step
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        n_text = self.packing.n_text
-        (k_text, k_own), (v_text, v_own) = (x.split((n_text, x.shape[2] - n_text), dim=2)
-                                            for x in (k, v))
-        if not self.has_text:
-            return self.groups(q, k_text, v_text, k_own, v_own)
-        q_text, q_own = q.split((n_text, q.shape[2] - n_text), dim=2)
-        return torch.cat((self.text(q_text, k_text, v_text),
-                          self.groups(q_own, k_text, v_text, k_own, v_own)), dim=2)
+        n, m = self.own_bias.shape  # queries and keys of a position
+        scores = q.shape[0] * q.shape[1] * n * (self.packing.n_text + m)
+        pieces = self.pieces(max(1, SCORES_PER_PIECE // scores))
+        return _InPieces.apply(q, k, v, pieces, self.packing.n_text)
 
-    def groups(self, q: torch.Tensor, k_text: torch.Tensor, v_text: torch.Tensor,
-               k_own: torch.Tensor, v_own: torch.Tensor) -> torch.Tensor:
-        kv_heads, d = k_text.shape[1], k_text.shape[3]
-        positions, (n, m) = self.packing.n_positions, self.own_bias.shape
-        q = q.unflatten(1, (kv_heads, -1)).unflatten(3, (positions, n))  # (B, G, R, T, n, d)
-        k_text, k_own = k_text * d**-0.5, k_own * d**-0.5  # there are fewer keys than queries
-        k_own, v_own = (x.unflatten(2, (positions, m)) for x in (k_own, v_own))  # (B, G, T, m, d)
-        outs = []
-        for start in range(0, positions, POSITIONS_PER_CHUNK):
-            stop = min(start + POSITIONS_PER_CHUNK, positions)
-            some = slice(start, stop)
-            text = torch.einsum("bgrtnd,bgsd->bgrtns", q[:, :, :, some], k_text[:, :, :stop])
-            own = torch.einsum("bgrtnd,bgtmd->bgrtnm", q[:, :, :, some], k_own[:, :, some])
-            text += self.text_bias[:, :, None, some, None, :stop].to(text.dtype)
-            own += self.own_bias.to(own.dtype)
+    def pieces(self, size: int) -> list["Piece"]:
+        """The text, if it has queries, and the groups of `size` positions at a time."""
+        n_text, (n, m), made = self.packing.n_text, self.own_bias.shape, []
+        first = 0 if self.offset else n_text  # queries that are text
+        if first:
+            made.append(Piece(slice(n_text), 1, n_text, slice(0),
+                              self.text_bias[:, :, None, :, None], self.own_bias[:1, :0]))
+        for start in range(0, self.packing.n_positions, size):
+            stop = min(start + size, self.packing.n_positions)
+            made.append(Piece(
+                slice(first + start * n, first + stop * n), stop - start, stop,
+                slice(n_text + start * m, n_text + stop * m),
+                self.text_bias[:, :, start:stop, None, None, :stop], self.own_bias))
+        return made
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Queries in groups of equal size, and what they see; its scores fit into a core's cache."""
+
+    rows: slice  # of the queries
+    n_groups: int
+    n_text: int  # the first keys of the text
+    own: slice  # keys of the groups
+    text_bias: torch.Tensor  # (B, 1, n_groups or 1, queries of a group or 1, 1, n_text)
+    own_bias: torch.Tensor  # (queries of a group, keys of a group)
+
+    def of(self, x: torch.Tensor, rows: slice, kv_heads: int) -> torch.Tensor:
+        """Rows of x (B, heads, N, d) as a view (B, G, n_groups, rows of a group, heads / G, d)."""
+        x = x[:, :, rows].unflatten(1, (kv_heads, -1))
+        groups = (self.n_groups, x.shape[3] // self.n_groups)
+        return x.unflatten(3, groups).permute(0, 1, 3, 4, 2, 5)
+
+    def queries(self, x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """(B * G, n_groups, n, d) of x (B, H, N, d); n: a group's queries, of each head of G."""
+        return self.of(x, self.rows, kv_heads).flatten(3, 4).flatten(0, 1)
+
+    def keys(self, x: torch.Tensor) -> torch.Tensor:
+        """(B * G * n_groups, m, d) of x (B, G, M, d)."""
+        return self.of(x, self.own, x.shape[1]).flatten(3, 4).flatten(0, 2)
+
+
+class _InPieces(torch.autograd.Function):
+    """Attention, forward and backward, a piece after the other."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, pieces, n_text):  # type: ignore[no-untyped-def]
+        kv_heads, out, probs = k.shape[1], torch.empty_like(q), []
+        k = k * k.shape[-1]**-0.5  # there are fewer keys than queries
+        k_text, v_text = (x[:, :, :n_text].flatten(0, 1) for x in (k, v))
+        for piece in pieces:
+            rows, k_own, v_own = piece.queries(q, kv_heads), piece.keys(k), piece.keys(v)
+            seen, target = piece.n_text, piece.of(out, piece.rows, kv_heads)
+            scores = rows.new_empty(*rows.shape[:3], seen + k_own.shape[1])
+            torch.bmm(rows.flatten(1, 2), k_text[:, :seen].mT, out=scores[..., :seen].flatten(1, 2))
+            scores[..., seen:] = torch.bmm(rows.flatten(0, 1), k_own.mT).view_as(scores[..., seen:])
+            by_head = scores.view(*target.shape[:5], -1)
+            by_head[..., :seen] += piece.text_bias
+            by_head[..., seen:] += piece.own_bias[:, None]
             dtype = torch.promote_types(q.dtype, torch.float32)
-            p = torch.cat((text, own), dim=-1).softmax(-1, dtype=dtype).to(v_text.dtype)
-            p_text, p_own = p.split((stop, m), dim=-1)
-            outs.append(torch.einsum("bgrtns,bgsd->bgrtnd", p_text, v_text[:, :, :stop])
-                        + torch.einsum("bgrtnm,bgtmd->bgrtnd", p_own, v_own[:, :, some]))
-        return torch.cat(outs, dim=3).flatten(3, 4).flatten(1, 2)  # (B, H, T*n, d)
+            p = scores.softmax(-1, dtype=dtype).to(v.dtype)
+            o = torch.bmm(p[..., :seen].flatten(1, 2), v_text[:, :seen]).view(rows.shape)
+            o.flatten(0, 1).baddbmm_(p[..., seen:].flatten(0, 1), v_own)
+            target.copy_(o.view(target.shape))
+            probs.append(p)
+        ctx.pieces, ctx.n_text = pieces, n_text
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(q, k, v, *probs)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        q, k, v, *probs = ctx.saved_tensors
+        kv_heads, (grad_q, grad_k, grad_v) = k.shape[1], (torch.zeros_like(x) for x in (q, k, v))
+        k_text, v_text = (x[:, :, :ctx.n_text].flatten(0, 1) for x in (k, v))
+        sums = torch.zeros_like(k_text), torch.zeros_like(v_text)
+        for piece, p in zip(ctx.pieces, probs, strict=True):
+            rows, g = piece.queries(q, kv_heads), piece.queries(grad, kv_heads)
+            seen, k_own, v_own = piece.n_text, piece.keys(k), piece.keys(v)
+            text_p, own_p = p[..., :seen].flatten(1, 2), p[..., seen:].flatten(0, 1)
+            grad_p = torch.empty_like(p)
+            torch.bmm(g.flatten(1, 2), v_text[:, :seen].mT, out=grad_p[..., :seen].flatten(1, 2))
+            grad_p[..., seen:] = torch.bmm(g.flatten(0, 1), v_own.mT).view_as(grad_p[..., seen:])
+            grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+            text_s, own_s = grad_s[..., :seen].flatten(1, 2), grad_s[..., seen:].flatten(0, 1)
+            grad_rows = torch.bmm(text_s, k_text[:, :seen]).view(rows.shape)
+            grad_rows.flatten(0, 1).baddbmm_(own_s, k_own)
+            for total, weights, own, x, out in (
+                    (sums[0], text_s, own_s, rows, grad_k), (sums[1], text_p, own_p, g, grad_v)):
+                total[:, :seen].baddbmm_(weights.mT, x.flatten(1, 2))
+                to = piece.of(out, piece.own, kv_heads)
+                to.copy_(torch.bmm(own.mT, x.flatten(0, 1)).view(to.shape))
+            to = piece.of(grad_q, piece.rows, kv_heads)
+            to.copy_(grad_rows.view(to.shape))
+        for out, total in zip((grad_k, grad_v), sums, strict=True):
+            out[:, :, :ctx.n_text] = total.view_as(out[:, :, :ctx.n_text])
+        return grad_q, grad_k * k.shape[-1]**-0.5, grad_v, None, None
 
 
 class Flex:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from nanoqstar.cpu import LOGITS, add_product, product
 from nanoqstar.device import can_compile, compiled
 
-# logits held at once: large products on a GPU, about the cache on a CPU
-CHUNK_LOGITS = {"cuda": 2**29, "cpu": 6_000_000}
+# logits held at once: large products on a GPU
+CHUNK_LOGITS = {"cuda": 2**29, "cpu": LOGITS}
+BLOCK = 256  # ids of the vocabulary that are summed first when sampling
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -25,7 +27,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 def fp32_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """a @ b, accumulated and returned in `dtype`, fp32 at least."""
     if a.dtype == dtype:
-        return a @ b
+        return product(a, b)
     return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
 
 
@@ -53,24 +55,22 @@ def row_chunks(n_rows: int, vocab: int, device: torch.device) -> list[slice]:
 
 
 def log_prob_chunk(hidden: torch.Tensor, rest: torch.Tensor | None, weight: torch.Tensor,
-                   target: torch.Tensor, row_weight: torch.Tensor, temperature: float,
-                   banned: torch.Tensor | None, needs_grad: bool
-                   ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probs (N,) of target (N, 1), and their gradient times row_weight (N, 1) in the logits.
+                   target: torch.Tensor, temperature: float, banned: torch.Tensor | None,
+                   needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probs (N, 1) of target (N, 1), and softmax minus one-hot (N, V): their negative gradient
+    in the logits / temperature.
 
-    hidden and rest (N, D) and weight (V, D) of one dtype, which is that of the gradient (N, V).
+    hidden and rest (N, D) and weight (V, D) of one dtype, which is that of the gradient.
     """
     logits = fp32_logits(hidden, weight, banned, temperature, rest)
-    top, grad = logits.amax(-1, keepdim=True), None
-    log_prob = logits.gather(-1, target) - top
-    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-    log_prob -= total.log()
-    if needs_grad:
-        scale = row_weight / temperature
-        grad = logits.mul_(-scale / total).to(weight.dtype)
-        # 1 - p, exact where p is almost 1
-        grad.scatter_(-1, target, (-scale * log_prob.expm1()).to(weight.dtype))
-    return log_prob[:, 0], grad
+    probs = logits.softmax(-1)
+    # the likeliest token's probability is 1 / sum(exp(logits - top))
+    log_prob = (logits.gather(-1, target) - logits.amax(-1, keepdim=True)
+                + probs.amax(-1, keepdim=True).log())
+    if not needs_grad:
+        return log_prob, None
+    # exact where the target's probability is almost 1
+    return log_prob, probs.to(weight.dtype).scatter_(-1, target, log_prob.expm1().to(weight.dtype))
 
 
 @lru_cache
@@ -88,8 +88,8 @@ class _WeightedLogProbs(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         log_probs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight and not len(hidden) else None
         row_weights, compute = row_weights.to(dtype), weight.to(compute_dtype(weight))
         compiles = hidden.is_cuda and can_compile(hidden.device)
         chunk = compiled_chunk() if compiles else log_prob_chunk
@@ -98,15 +98,20 @@ class _WeightedLogProbs(torch.autograd.Function):
                 h, rest = hidden[rows].to(compute.dtype), None
                 if exact and h.dtype != hidden.dtype:
                     rest = (hidden[rows] - h).to(h.dtype)
-                log_probs[rows], grad = chunk(
-                    h, rest, compute, targets[rows, None], row_weights[rows, None], temperature,
-                    banned, needs_hidden or needs_weight)
+                log_prob, grad = chunk(h, rest, compute, targets[rows, None], temperature, banned,
+                                       needs_hidden or needs_weight)
+                log_probs[rows] = log_prob[:, 0]
+                scale = -row_weights[rows, None] / temperature
                 if needs_hidden:
-                    grad_hidden[rows] = (grad @ compute).to(hidden.dtype)
-                if needs_weight and grad.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(grad.T, h)
-                elif needs_weight:
-                    grad_weight += fp32_product(grad.T, h, grad_weight.dtype)
+                    torch.mul(product(grad, compute), scale, out=grad_hidden[rows])
+                if needs_weight:
+                    h = (h * scale).to(h.dtype)
+                    if grad_weight is None:
+                        grad_weight = fp32_product(grad.T, h, weight.dtype)
+                    elif h.dtype == weight.dtype:
+                        add_product(grad_weight, grad.T, h)
+                    else:
+                        grad_weight += fp32_product(grad.T, h, weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(log_probs)
         # a target that cannot be has log-prob -inf, and no share in the sum where it has no weight
@@ -115,6 +120,8 @@ class _WeightedLogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_sum, _):  # type: ignore
+        if grad_sum.is_cpu and grad_sum == 1:  # a pass over the vocabulary saved
+            return *ctx.saved_tensors, None, None, None, None, None
         grads = (None if g is None else g.mul_(grad_sum) for g in ctx.saved_tensors)
         return *grads, None, None, None, None, None
 
@@ -154,11 +161,35 @@ def sample_tokens(hidden: torch.Tensor, weight: torch.Tensor, uniforms: torch.Te
     compute = weight.to(compute_dtype(weight))
     for rows in row_chunks(len(hidden), len(weight), hidden.device):
         probs = fp32_logits(hidden[rows], compute, banned, temperature).softmax(-1)
-        cdf = probs.cumsum(-1)
-        total = cdf[:, -1:]
-        almost = torch.nextafter(total, torch.zeros_like(total))
-        below = torch.minimum(uniforms[rows].to(cdf.dtype) * total, almost).contiguous()
-        first = torch.searchsorted(cdf, below, right=True)  # whose share exceeds it
-        ids[rows] = first.clamp_(max=cdf.shape[-1] - 1)  # NaN: any id will do
+        ids[rows] = inverse_cdf(probs, uniforms[rows].to(dtype))
         log_probs[rows] = probs.gather(-1, ids[rows]).log()
     return ids, log_probs
+
+
+def inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Ids (N, n) of probs (N, V), in whose share of the cumulative sum uniforms (N, n) fall.
+
+    On two levels, by the sums of blocks and then within one: a pass less over the vocabulary.
+    """
+    n_blocks, vocab = probs.shape[1] // BLOCK, probs.shape[1]
+    if n_blocks < 2:
+        return first_beyond(probs, uniforms * probs.sum(-1, keepdim=True))[0]
+    whole, rest = probs[:, :n_blocks * BLOCK], probs[:, n_blocks * BLOCK:]
+    sums = torch.cat((whole.unflatten(1, (n_blocks, BLOCK)).sum(-1), rest.sum(-1, True)), dim=1)
+    block, left = first_beyond(sums, uniforms * sums.sum(-1, keepdim=True))
+    ids = block[..., None] * BLOCK + torch.arange(BLOCK, device=probs.device)
+    inside = probs.gather(1, ids.flatten(1).clamp(max=vocab - 1)).view(ids.shape)
+    within, _ = first_beyond(inside.masked_fill_(ids >= vocab, 0), left[..., None])
+    return block * BLOCK + within[..., 0]
+
+
+def first_beyond(shares: torch.Tensor, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For below (.., n): the index in shares (.., M) whose cumulative sum first exceeds it, and by
+    how much it exceeds the sum before. Never an index without a share, however sums are rounded.
+    """
+    cdf = shares.cumsum(-1)
+    total = cdf[..., -1:]
+    below = torch.minimum(below, torch.nextafter(total, torch.zeros_like(total))).contiguous()
+    index = torch.searchsorted(cdf, below, right=True)
+    index.clamp_(max=cdf.shape[-1] - 1)  # NaN: any will do
+    return index, (below - (cdf - shares).gather(-1, index)).clamp_(min=0)

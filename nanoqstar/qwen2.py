@@ -13,6 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanoqstar.cpu import linear, rms_norm, rotate
+
 Rope = tuple[torch.Tensor, torch.Tensor]  # cos and sin
 LayerCache = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # keys, values, slots
 
@@ -60,28 +62,25 @@ class KVCache:
         return self.keys[layer], self.values[layer], self.slots
 
 
+class Linear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # statistics in fp32 at least
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
-    """cos and sin for rotate-half RoPE: positions (..., N) -> two (..., 1, N, head_dim)."""
+    """For rotate-half RoPE: positions (..., N) -> cos, sin with its sign: (..., 1, N, head_dim)."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
     angles = positions[..., None, :, None].to(dtype) * theta**-exponent
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Queries or keys (B, heads, N, head_dim) rotated to their positions, in fp32 at least."""
-    cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return torch.cat((angles, angles), dim=-1).cos(), torch.cat((-angles, angles), dim=-1).sin()
 
 
 class Attention(nn.Module):
@@ -90,17 +89,17 @@ class Attention(nn.Module):
         self.head_dim, d = config.head_dim, config.hidden_size
         q, kv = (n * config.head_dim
                  for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(d, q, bias=config.attention_bias)
-        self.k_proj = nn.Linear(d, kv, bias=config.attention_bias)
-        self.v_proj = nn.Linear(d, kv, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q, d, bias=False)
+        self.q_proj = Linear(d, q, bias=config.attention_bias)
+        self.k_proj = Linear(d, kv, bias=config.attention_bias)
+        self.v_proj = Linear(d, kv, bias=config.attention_bias)
+        self.o_proj = Linear(q, d, bias=False)
 
     def forward(self, x: torch.Tensor, rope: Rope, attend: Callable, cache: LayerCache | None
                 ) -> torch.Tensor:
         # (B, heads, N, head_dim)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             keys, values, slots = cache
             k = keys.index_copy_(2, slots, k.to(keys.dtype))
@@ -112,9 +111,9 @@ class MLP(nn.Module):
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
         d, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(d, inner, bias=False)
-        self.up_proj = nn.Linear(d, inner, bias=False)
-        self.down_proj = nn.Linear(inner, d, bias=False)
+        self.gate_proj = Linear(d, inner, bias=False)
+        self.up_proj = Linear(d, inner, bias=False)
+        self.down_proj = Linear(inner, d, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -9,10 +9,10 @@ from nanoqstar import attention
 from nanoqstar.attention import Flex, TwoPart, dense, few_queries, packed_attention, text_mask
 from nanoqstar.thoughts import Packing, dense_mask, query_rows
 
-CHUNK = attention.POSITIONS_PER_CHUNK
+PIECE = 16  # positions, in the test of pieces
 PACKINGS = [Packing(n_text=T + A - 1, n_positions=T, n_passes=P, n_branch=n) for T, A, P, n in [
-    (1, 1, 1, 1), (5, 3, 2, 4), (CHUNK - 1, 1, 1, 2), (CHUNK, 2, 2, 3), (CHUNK + 1, 4, 3, 1),
-    (2 * CHUNK + 5, 2, 2, 3)]]
+    (1, 1, 1, 1), (5, 3, 2, 4), (PIECE - 1, 1, 1, 2), (PIECE, 2, 2, 3), (PIECE + 1, 4, 3, 1),
+    (2 * PIECE + 5, 2, 2, 3)]]
 EVERY_OFFSET = [(packing, offset) for packing in PACKINGS
                for offset in [None, *range(packing.n_branch + 1)]]
 TILED = [Packing(n_text=T + 1, n_positions=T, n_passes=P, n_branch=n)
@@ -61,11 +61,26 @@ def at(attend, offset):
     return attend if offset is None else attend.at(offset)
 
 
+@pytest.mark.parametrize("size", ["default", PIECE, 1])
 @pytest.mark.parametrize(("packing", "offset"), EVERY_OFFSET, ids=name)
-def test_two_part_is_dense(packing, offset):
+def test_two_part_is_dense(monkeypatch, packing, offset, size):
     docs, qkv = random_docs(packing), random_qkv(packing, offset)
+    if size != "default":
+        pieces = TwoPart.pieces
+        monkeypatch.setattr(TwoPart, "pieces", lambda self, _: pieces(self, size))
     expected = dense(mask_of(packing, docs, offset))(*qkv)
     assert_same(at(TwoPart(packing, docs), offset)(*qkv), expected, qkv, 1e-13)
+
+
+def test_a_piece_holds_the_scores_it_should(monkeypatch):
+    packing, allocated = PACKINGS[-1], []
+    monkeypatch.setattr(attention, "SCORES_PER_PIECE", 20_000)
+    new = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty",
+                        lambda x, *size: allocated.append(size) or new(x, *size))
+    TwoPart(packing, random_docs(packing))(*random_qkv(packing, None))
+    groups = [torch.Size(size).numel() for size in allocated[1:]]  # the text is one piece
+    assert len(groups) > 3 and 10_000 < max(groups) <= 20_000
 
 
 def test_a_rollout_ignores_what_its_slots_held():

@@ -156,12 +156,12 @@ def test_the_recorder_sees_what_it_should():
     assert sum(recorder.alive.values()) == 4 * 50 and y.any()
 
 
-@pytest.mark.parametrize("chunk", [None, 2**18], ids=["default chunks", "small chunks"])
+@pytest.mark.parametrize("chunk", [None, 2**19], ids=["default chunks", "small chunks"])
 def test_logits_of_the_whole_sequence_never_exist(monkeypatch, make_model, make_text, chunk):
-    """Vocabulary 30,000, width 8: sampling, scoring, loss and backward, by what torch allocates."""
+    """Vocabulary 60,000, width 8: sampling, scoring, loss and backward, by what torch allocates."""
     if chunk:
         monkeypatch.setattr(room, "CHUNK_LOGITS", {"cpu": chunk})
-    vocab, batch, n_talk = 30_000, 2, 2
+    vocab, batch, n_talk = 60_000, 2, 2
     shape = dict(vocab_size=vocab, hidden_size=8, intermediate_size=16, head_dim=4,
                  num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
     model = make_model(**shape).float()
@@ -438,10 +438,12 @@ BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
 
 @pytest.mark.parametrize(("temperature", "banned"),
                          [(1.0, None), (1.0, BANNED), (2.5, BANNED), (0.3, None)])
+@pytest.mark.parametrize("block", [256, 4, 1])  # of 11 ids: one level, an end of 3, none
 @pytest.mark.parametrize("chunk", [1, 2**22])
-def test_samples_have_the_exact_distribution(monkeypatch, temperature, banned, chunk):
+def test_samples_have_the_exact_distribution(monkeypatch, temperature, banned, chunk, block):
     """Evenly spaced uniform numbers hit every id as often as its probability says."""
     monkeypatch.setattr(room, "CHUNK_LOGITS", {"cpu": chunk})
+    monkeypatch.setattr(room, "BLOCK", block)
     hidden, weight = randn(3, 5, grad=False), randn(11, 5, seed=1, grad=False)
     ids, log_probs = sample_tokens(hidden, weight, GRID.expand(3, -1), temperature, banned)
     logits = hidden @ weight.T / temperature
@@ -455,8 +457,10 @@ def test_samples_have_the_exact_distribution(monkeypatch, temperature, banned, c
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("draws_in", [torch.float32, torch.float64])
-def test_impossible_ids_are_never_sampled(dtype, draws_in):
+@pytest.mark.parametrize("block", [256, 7, 2])
+def test_impossible_ids_are_never_sampled(monkeypatch, dtype, draws_in, block):
     """Banned and vanishing ids at both ends and in between, at the ends of [0, 1)."""
+    monkeypatch.setattr(room, "BLOCK", block)
     hidden, weight = (randn(n, 5, seed=seed, grad=False).to(dtype)
                       for n, seed in ((200, 0), (50, 1)))
     weight[[1, 2, 25, 47, 48]] *= 1e4  # one sign of them has probability 0, the other all
