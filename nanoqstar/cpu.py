@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 CACHED = 2**16  # numbers of a piece that stays in a core's own cache while it is worked on
 LOGITS = 12_000_000  # held at once: large products, and little memory
-ROWS = 512  # of the products that are timed
+ROWS, COLUMNS = 512, 8192  # the most of the products that are timed
 MARGIN = 1.3  # times as fast oneDNN has to be: another day must not choose otherwise
 onednn = False  # whether it computes the products: of `choose_products`
 
@@ -39,6 +39,10 @@ def keep_memory() -> None:
 
 
 # ---- products: torch's own go through MKL, which leaves much of an AMD core unused
+
+
+def has_onednn() -> bool:
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def by_onednn(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -96,10 +100,10 @@ def choose_products(weights: Iterable[torch.Tensor]) -> float:
     """
     global onednn
     onednn, times = False, [0.0, 0.0]
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not has_onednn():
         return 0.0
     for n_out, n_in in {tuple(w.shape) for w in weights if w.dim() == 2}:
-        n_rows = max(1, min(ROWS, LOGITS // n_out))
+        n_rows, n_out = max(1, min(ROWS, LOGITS // n_out)), min(n_out, COLUMNS)
         x, weight, grad = (torch.randn(size) for size in (
             (n_rows, n_in), (n_out, n_in), (n_rows, n_out)))
         for a, b in ((x, weight.T), (grad, weight), (grad.T, x)):

@@ -63,10 +63,9 @@ def log_prob_chunk(hidden: torch.Tensor, rest: torch.Tensor | None, weight: torc
     hidden and rest (N, D) and weight (V, D) of one dtype, which is that of the gradient.
     """
     logits = fp32_logits(hidden, weight, banned, temperature, rest)
-    probs = logits.softmax(-1)
-    # the likeliest token's probability is 1 / sum(exp(logits - top))
-    log_prob = (logits.gather(-1, target) - logits.amax(-1, keepdim=True)
-                + probs.amax(-1, keepdim=True).log())
+    log_prob = logits.gather(-1, target) - logits.amax(-1, keepdim=True)
+    probs = torch.softmax(logits, -1, out=logits)  # row by row: in place
+    log_prob += probs.amax(-1, keepdim=True).log()  # 1 / sum(exp(logits - top))
     if not needs_grad:
         return log_prob, None
     # exact where the target's probability is almost 1
@@ -160,7 +159,8 @@ def sample_tokens(hidden: torch.Tensor, weight: torch.Tensor, uniforms: torch.Te
     log_probs = torch.empty(uniforms.shape, dtype=dtype, device=hidden.device)
     compute = weight.to(compute_dtype(weight))
     for rows in row_chunks(len(hidden), len(weight), hidden.device):
-        probs = fp32_logits(hidden[rows], compute, banned, temperature).softmax(-1)
+        logits = fp32_logits(hidden[rows], compute, banned, temperature)
+        probs = torch.softmax(logits, -1, out=logits)
         ids[rows] = inverse_cdf(probs, uniforms[rows].to(dtype))
         log_probs[rows] = probs.gather(-1, ids[rows]).log()
     return ids, log_probs

@@ -48,8 +48,7 @@ def test_transposed_queries_keep_their_layout(in_pieces):
     assert out.stride() == x.stride()
 
 
-needs_onednn = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
-                                  reason="torch was built without oneDNN")
+needs_onednn = pytest.mark.skipif(not cpu.has_onednn(), reason="torch was built without oneDNN")
 
 
 @needs_onednn
