@@ -70,18 +70,20 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
-    """cos and sin for rotate-half RoPE: positions (..., N) -> two (..., 1, N, head_dim)."""
+    """cos and sin for rotate-half RoPE: positions (..., N) -> two (..., 1, N, head_dim).
+
+    sin is that of -angle in the first half, so that `rotate` negates nothing.
+    """
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
     angles = positions[..., None, :, None].to(dtype) * theta**-exponent
-    angles = torch.cat((angles, angles), dim=-1)
+    angles = torch.cat((-angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Queries or keys (B, heads, N, head_dim) rotated to their positions, in fp32 at least."""
     cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
