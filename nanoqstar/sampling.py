@@ -135,7 +135,8 @@ class Decoder:
         mask = mask | (slot == query)  # padding sees itself
         on_cpu = slot.device.type == "cpu"
         used = int(last_text) + 1 if on_cpu else len(slot)  # a GPU prefers one shape
-        form = few_queries if len(slots) <= 2 else dense  # a step's forwards have one token or two
+        # a step's forwards have one token or two
+        form = dense if on_cpu or len(slots) > 2 else few_queries
         attend = form(mask[..., :used])
         return self.model.lm(
             x, positions, lambda q, k, v: attend(q, k[:, :, :used], v[:, :, :used]), self.cache)
