@@ -213,6 +213,15 @@ def test_sample_token_by_hand(settings, expected, dtype):
     assert (ours - expected).abs().max() < 0.01
 
 
+@pytest.mark.parametrize(("u", "expected"), [(0.0, 1), (1 - 2**-24, 3)])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.9}], ids=str)
+def test_no_draw_is_an_id_of_zero_probability(monkeypatch, u, expected, settings):
+    """The lowest and the highest number that there is, the first and the last ids impossible."""
+    monkeypatch.setattr(sampling.torch, "rand", lambda shape, **options: torch.full(shape, u))
+    logits = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).log()
+    assert sample_token(logits, **settings) == expected
+
+
 def test_a_small_temperature_gives_the_right_probabilities():
     """Of logits that lie closer together than their quotients by the temperature can tell."""
     logits, temperature = torch.tensor([10_000.0, 10_000.0 - 2**-10]), 1.4e-3
