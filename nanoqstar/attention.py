@@ -150,9 +150,9 @@ class _InPieces(torch.autograd.Function):
         for piece in pieces:
             rows, k_own, v_own = piece.queries(q, kv_heads), piece.keys(k), piece.keys(v)
             seen, target = piece.n_text, piece.of(out, piece.rows, kv_heads)
-            scores = rows.new_empty(*rows.shape[:3], seen + k_own.shape[1])
-            torch.bmm(rows.flatten(1, 2), k_text[:, :seen].mT, out=scores[..., :seen].flatten(1, 2))
-            scores[..., seen:] = torch.bmm(rows.flatten(0, 1), k_own.mT).view_as(scores[..., seen:])
+            scores = torch.cat((
+                torch.bmm(rows.flatten(1, 2), k_text[:, :seen].mT).view(*rows.shape[:3], -1),
+                torch.bmm(rows.flatten(0, 1), k_own.mT).view(*rows.shape[:3], -1)), dim=-1)
             by_head = scores.view(*target.shape[:5], -1)
             by_head[..., :seen] += piece.text_bias
             by_head[..., seen:] += piece.own_bias[:, None]
@@ -178,16 +178,16 @@ class _InPieces(torch.autograd.Function):
             rows, g = piece.queries(q, kv_heads), piece.queries(grad, kv_heads)
             seen, k_own, v_own = piece.n_text, piece.keys(k), piece.keys(v)
             text_p, own_p = p[..., :seen].flatten(1, 2), p[..., seen:].flatten(0, 1)
-            grad_p = torch.empty_like(p)
-            torch.bmm(g.flatten(1, 2), v_text[:, :seen].mT, out=grad_p[..., :seen].flatten(1, 2))
-            grad_p[..., seen:] = torch.bmm(g.flatten(0, 1), v_own.mT).view_as(grad_p[..., seen:])
+            grad_p = torch.cat((
+                torch.bmm(g.flatten(1, 2), v_text[:, :seen].mT).view(*p.shape[:3], -1),
+                torch.bmm(g.flatten(0, 1), v_own.mT).view(*p.shape[:3], -1)), dim=-1)
             grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
             text_s, own_s = grad_s[..., :seen].flatten(1, 2), grad_s[..., seen:].flatten(0, 1)
             grad_rows = torch.bmm(text_s, k_text[:, :seen]).view(rows.shape)
             grad_rows.flatten(0, 1).baddbmm_(own_s, k_own)
             for total, weights, own, x, out in (
                     (sums[0], text_s, own_s, rows, grad_k), (sums[1], text_p, own_p, g, grad_v)):
-                total[:, :seen].baddbmm_(weights.mT, x.flatten(1, 2))
+                total[:, :seen] += torch.bmm(weights.mT, x.flatten(1, 2))
                 to = piece.of(out, piece.own, kv_heads)
                 to.copy_(torch.bmm(own.mT, x.flatten(0, 1)).view(to.shape))
             to = piece.of(grad_q, piece.rows, kv_heads)

@@ -10,12 +10,13 @@ between synchronisations.
            against the matrix rate measured in the same run (MFU); time and peak memory against the
            staged implementation in tests/; on a GPU other batches and less recomputation, as far as
            they fit; cost against n_ahead, n_passes and max_length
-  sample   decoding with and without thoughts against the memory-bandwidth bound, measured by a copy
-           in the same run
+  sample   decoding with and without thoughts against the memory-bandwidth bound, measured in the
+           same run; on a CPU also at Qwen2.5-0.5B's shape, and without thoughts beside the generate
+           of transformers, where that is installed, on the same weights
   prepare  data/prepare.py against the bare tokenizer on the same text and cores
 
-Configs: a preset of configs.py, or one of the two CPU shapes `cpu` (vocabulary 4096) and
-`cpu_vocab` (151,936). All but `sample` of these two needs a clone.
+Configs: a preset of configs.py, or one of the CPU shapes `cpu` (vocabulary 4096), `cpu_vocab`
+(151,936) and `cpu_0_5b`. All but `sample` of these needs a clone.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ class BenchConfig:
     what: Literal["train", "sample", "prepare", "all"] = cli.setting(
         dataclasses.MISSING, "what to measure")
     config: str | None = cli.setting(
-        None, "none: both CPU shapes on a CPU, qwen2_5_3b on a GPU", when=SHAPED)
+        None, "none: the CPU shapes on a CPU, qwen2_5_3b on a GPU", when=SHAPED)
     device: Literal["auto", "cpu", "cuda"] = cli.setting("auto", "auto: cuda if there is one")
     batch_size: int | None = cli.setting(
         None, "windows; none: the config's", at_least=1, when=SHAPED)
@@ -71,6 +72,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -136,6 +138,7 @@ MODELS = {  # the shapes behind the presets' names, which are Hub ids
 SHAPES = {
     "cpu": Shape(qwen(256, 6, 8, 2, 688, 4096, tied=False, bias=False), 2, 7, 4, 2, 127),
     "cpu_vocab": Shape(qwen(128, 2, 4, 2, 344, 151936, tied=False, bias=False), 1, 7, 4, 2, 31),
+    "cpu_0_5b": Shape(MODELS["Qwen/Qwen2.5-0.5B"], 1, 8, 4, 2, 127),  # for `sample`
 }
 VOCABULARIES = {"tiny": 11, "small": 96, "text": 4096}  # of text, as the README prepares it
 
@@ -200,24 +203,32 @@ def rate_of(action: Callable[[], Any], work: float, device: torch.device) -> dic
     return spread(rates[2:])
 
 
+def repeated(function: Callable[..., Any], *args: torch.Tensor) -> None:
+    for _ in range(8):
+        function(*args)
+
+
 def matrix_rate(device: torch.device) -> dict[str, float]:
     """FLOP/s of large products in the dtype that training multiplies in; on a CPU by the faster of
     torch's own and oneDNN, whichever a model then uses."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
-    ways = [torch.matmul, cpu.by_onednn] if device.type == "cpu" and cpu.has_onednn() else [
-        torch.matmul]
-    rates = [rate_of(lambda way=way: [way(a, b) for _ in range(8)], 8 * 2 * n**3, device)
-             for way in ways]
+    ways: list[Callable[..., Any]] = [torch.matmul]
+    if device.type == "cpu" and cpu.has_onednn():
+        ways.append(cpu.by_onednn)
+    rates = [rate_of(partial(repeated, way, a, b), 8 * 2 * n**3, device) for way in ways]
     return max(rates, key=lambda rate: rate["median"])
 
 
-def copy_rate(device: torch.device) -> dict[str, float]:
-    """Bytes per second that a large copy reads and writes."""
-    size = 2**30 if device.type == "cuda" else 2**27
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return rate_of(lambda: target.copy_(source), 2 * size, device)
+def read_rate(device: torch.device) -> dict[str, float]:
+    """Bytes per second that a product of a matrix and a vector reads: what decoding does.
+
+    The matrix is larger than any cache. A copy, which reads and writes, is slower by the byte where
+    a core has few requests in flight, and what decoding is measured against should not be beaten.
+    """
+    columns, dtype = (4096, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    matrix = torch.ones(2**29 // columns // dtype.itemsize, columns, device=device, dtype=dtype)
+    return rate_of(lambda: torch.mv(matrix, matrix[0]), 2**29, device)
 
 
 # ---- train: on a CPU a process per implementation, so that peak memory is its own
@@ -484,10 +495,17 @@ def bench_sizes(shape: Shape, cfg: BenchConfig, rate: dict[str, float], known: d
 
 
 def bench_sample(shape: Shape, device: torch.device) -> dict[str, Any]:
-    """Decoding at batches 1 and 8, with thoughts and without."""
+    """Decoding at batches 1 and 8, with thoughts and without, against the bandwidth bound.
+
+    The bound counts every weight that a forward multiplies as read once from memory, the head too,
+    at `read_rate`. Keys and values, a hundredth of it here, do not count. Where all weights fit
+    into a cache (`cpu`, `cpu_vocab`), it is no limit but a yardstick. On a CPU a model of a
+    gigabyte takes seconds a token: batch 1 alone.
+    """
     def size(parameters):
         return sum(p.numel() * p.element_size() for p in parameters)
-    model, result = make_model(shape, device), {}
+    model, result = make_model(shape, device), dict[str, Any]()
+    on_cpu = device.type == "cpu"
     if device.type == "cuda":
         model.lm.to(torch.bfloat16)
         speed_up_decoding(model, device)
@@ -495,8 +513,9 @@ def bench_sample(shape: Shape, device: torch.device) -> dict[str, Any]:
     if shape.model.tie_word_embeddings:
         weights += size([model.lm.head_weight])
     mixing = size(model.mixing_head.parameters())  # read once a thought
-    rate, n_tokens = copy_rate(device)["median"], 32 if device.type == "cpu" else 128
-    for batch in (1, 8):
+    rate, is_slow = read_rate(device)["median"], on_cpu and weights > 1e9
+    n_tokens = 8 if is_slow else 32 if on_cpu else 128
+    for batch in (1,) if is_slow else (1, 8):
         for n_ahead in (shape.n_ahead, 0):
             prompts = torch.randint(shape.model.vocab_size, (batch, 64)).tolist()
             seconds = []
@@ -514,8 +533,54 @@ def bench_sample(shape: Shape, device: torch.device) -> dict[str, Any]:
                             "bound": bound}
             print(f"{what:28}{batch / s['median']:9.1f} tokens/s   {shown(s)} s a step, "
                   f"{bound:.0%} of the bandwidth bound ({forwards} x {weights / 1e6:.0f} MB at "
-                  f"{rate / 1e9:.1f} GB/s)")
+                  f"{rate / 1e9:.1f} GB/s)", flush=True)
+    if on_cpu:
+        result["transformers"] = beside_transformers(model)
     return result
+
+
+def beside_transformers(model: QuietStar, n_tokens: int = 64) -> dict[str, Any]:
+    """Our decoding without thoughts and transformers' generate on the same weights, in turns.
+
+    A prompt of 64 tokens and n_tokens more, greedily, batch 1, prompt included.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed: no comparison with its generate")
+        return {"skipped": "transformers is not installed"}
+    config, transformers = model.lm.config, importlib.import_module("transformers")
+    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        **vars(config), attn_implementation="sdpa")).eval()
+    if not config.attention_bias:  # theirs has biases always
+        for layer in theirs.model.layers:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                getattr(layer.self_attn, name).bias = None
+    loaded = theirs.load_state_dict(model.lm.state_dict(), assign=True, strict=False)
+    theirs.tie_weights()
+    assert set(loaded.missing_keys) <= {"lm_head.weight"} and not loaded.unexpected_keys, loaded
+    prompt = torch.randint(config.vocab_size, (1, 64))
+    settings = transformers.GenerationConfig(max_new_tokens=n_tokens, do_sample=False,
+                                             use_cache=True)
+    seconds: dict[str, list[float]] = {"ours": [], "transformers": []}
+    tokens: dict[str, list[int]] = {}
+    for _ in range(6):
+        for name, times in seconds.items():
+            start = clock(prompt.device)
+            if name == "ours":
+                tokens[name] = [step.tokens.item() for step in generate(  # type: ignore[misc]
+                    model, prompt.tolist(), n_tokens, 0, temperature=0)]
+            else:
+                tokens[name] = theirs.generate(
+                    prompt, attention_mask=torch.ones_like(prompt),
+                    generation_config=settings)[0, 64:].tolist()
+            times.append(clock(prompt.device) - start)
+    ours, other = seconds["ours"][1:], seconds["transformers"][1:]  # the first is warm-up
+    ratio = spread([b / a for a, b in zip(ours, other, strict=True)])
+    same = tokens["ours"] == tokens["transformers"]
+    print(f"{n_tokens} tokens, no thoughts: ours {shown(spread(ours))} s, transformers "
+          f"{transformers.__version__} {shown(spread(other))} s: ours is {shown(ratio)} times as "
+          f"fast, {'the same' if same else 'other'} tokens")
+    return {"ours": spread(ours), "transformers": spread(other), "speedup": ratio,
+            "same_tokens": same}
 
 
 # ---- prepare
@@ -608,7 +673,8 @@ def run(cfg: BenchConfig) -> None:
         for name, shape in shapes.items():
             section(f"train {name}", bench_train, shape, cfg, rate)
     if "sample" in parts:
-        for name, shape in shapes.items():
+        more = [] if cfg.config or device.type == "cuda" else ["cpu_0_5b"]
+        for name, shape in (shapes | {name: SHAPES[name] for name in more}).items():
             section(f"sample {name}", bench_sample, shape, device)
     if "train" in parts and not cfg.no_scaling:
         name, shape = next(iter(shapes.items()))

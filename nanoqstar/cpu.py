@@ -181,11 +181,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x * cos + (x with its halves swapped) * sin, for x (B, heads, N, d), in fp32 at least.
-
-    The first half of sin is negative.
-    """
+    """x * cos + (x with its halves swapped) * sin, for x (B, heads, N, d), in fp32 at least."""
     if is_large(x) and x.dtype == cos.dtype:
         return _Rotate.apply(x, cos, sin)
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((second, first), dim=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)

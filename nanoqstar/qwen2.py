@@ -77,10 +77,14 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
-    """For rotate-half RoPE: positions (..., N) -> cos, sin with its sign: (..., 1, N, head_dim)."""
+    """cos and sin for rotate-half RoPE: positions (..., N) -> two (..., 1, N, head_dim).
+
+    sin is that of -angle in the first half, so that `rotate` negates nothing.
+    """
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
     angles = positions[..., None, :, None].to(dtype) * theta**-exponent
-    return torch.cat((angles, angles), dim=-1).cos(), torch.cat((-angles, angles), dim=-1).sin()
+    angles = torch.cat((-angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
 
 
 class Attention(nn.Module):

@@ -1,6 +1,7 @@
 """Decoding over a KV cache; before every new token a thought, in K - 1 dependent forwards."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from nanoqstar import InputError
 from nanoqstar.attention import dense, few_queries
-from nanoqstar.head import compute_dtype, fp32_logits, sample_tokens
+from nanoqstar.head import compute_dtype, fp32_logits, inverse_cdf, sample_tokens
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import KVCache
 
@@ -34,7 +35,7 @@ def sample_token(logits: Tensor, temperature: float = 1.0, top_k: int | None = N
     whose probabilities reach p (at least one).
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # argmax, in half of its time on a CPU
     temperature = max(temperature, torch.finfo(logits.dtype).tiny)  # a smaller one is rounded to 0
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # never inf or NaN
     if top_k is not None:
@@ -46,7 +47,8 @@ def sample_token(logits: Tensor, temperature: float = 1.0, top_k: int | None = N
         enough = ranked.cumsum(-1) - ranked >= top_p  # what comes before already reaches p
         enough[..., 0] = False  # nothing comes before the likeliest, even where p is rounded to 0
         probs = torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(enough, 0.0))
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    u = torch.rand(len(probs), 1, generator=generator, device=probs.device, dtype=probs.dtype)
+    return inverse_cdf(probs, u)[:, 0]  # torch.multinomial draws a random number for each id
 
 
 class Decoder:
@@ -67,61 +69,57 @@ class Decoder:
         self.pads = torch.zeros(n_prompts, dtype=torch.long, device=device)  # left of each prompt
         self.is_text = torch.zeros(n_prompts, 1, 1, n_slots, dtype=torch.bool, device=device)
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Reads prompts (none empty) but their last tokens; returns those (B,) and their number ().
+    def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Prompts (none empty) as the first text to be read: tokens (B, N), their numbers (N,).
 
         Shorter ones are padded on the left, where nothing looks; earlier prompts are forgotten.
         """
         longest, device = max(map(len, prompts)), self.slot.device
         pads = [longest - len(p) for p in prompts]
-        text = torch.tensor([[0] * n + list(p) for n, p in zip(pads, prompts)], device=device)
         self.pads.copy_(torch.tensor(pads))
         self.is_text.copy_((self.slot >= self.n_ahead + self.pads[:, None])[:, None, None])
-        index = torch.arange(longest, device=device)
-        if longest > 1:
-            slots = index[:-1] + self.n_ahead
-            positions = (index[:-1] - self.pads[:, None]).clamp(min=0)
-            with torch.compiler.set_stance("force_eager"):  # blocks are compiled for the steps
-                self.forward(text[:, :-1], slots, positions, slots[-1:])
-        return text[:, -1], index[-1]
+        text = torch.tensor([[0] * n + list(p) for n, p in zip(pads, prompts)], device=device)
+        return text, torch.arange(longest, device=device)
 
-    def think(self, newest: Tensor, n: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """A thought (B, S) for the newest token (B,), number n (), drawn by u (B, S) in [0, 1).
+    def think(self, text: Tensor, n: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """A thought (B, S) after text that is read with it (B, N), its numbers (N,); drawn by u
+        (B, S) in [0, 1).
 
-        Returns it and the base hidden state (B, D).
+        Returns it and the base hidden state (B, D) of the newest token.
         """
-        lm, positions, text_slot = self.model.lm, (n - self.pads)[:, None], (n + self.n_ahead)[None]
+        lm, positions, text_slots = self.model.lm, n - self.pads[:, None], n + self.n_ahead
         thought: list[Tensor] = []
-        x = lm.embed(newest)[:, None]
+        x, last_text, newest = lm.embed(text), text_slots[-1:], positions[:, -1:]
         start = self.model.start_embedding.to(x.dtype).expand(len(x), 1, -1)
-        hidden = self.forward(torch.cat((x, start), dim=1), torch.cat((text_slot, self.slot[:1])),
-                              torch.cat((positions, positions + 1), dim=1), text_slot)
-        base = hidden[:, 0]
+        hidden = self.forward(torch.cat((x, start), dim=1), torch.cat((text_slots, self.slot[:1])),
+                              torch.cat((positions, newest + 1), dim=1), last_text)
+        base = hidden[:, -2]
         for k in range(1, self.n_ahead - 1):  # t_k from the token before it
             if k > 1:
                 x = lm.embed(thought[-1])
-                hidden = self.forward(x, self.slot[k - 1:k], positions + k, text_slot)
+                hidden = self.forward(x, self.slot[k - 1:k], newest + k, last_text)
             ids, _ = sample_tokens(hidden[:, -1], self.head, u[:, k - 1:k],
                                    self.model.thought_temperature, self.model.banned)
             thought.append(ids)
         return torch.cat(thought, dim=1), base
 
     @torch.no_grad()
-    def next_logits(self, newest: Tensor, n: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def next_logits(self, text: Tensor, n: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The next token's logits (B, V), the thought (B, S) behind them, its mixing weight (B,).
 
-        Arguments as of `think`; on a GPU nothing here depends on more than their shapes.
+        Arguments as of `think`: all of the prompts, then one token at a time. On a GPU nothing here
+        depends on more than their shapes.
         """
-        model, positions, text_slot = self.model, (n - self.pads)[:, None], (n + self.n_ahead)[None]
+        model, positions, text_slots = self.model, n - self.pads[:, None], n + self.n_ahead
         if not self.n_ahead:
-            x = model.lm.embed(newest)[:, None]
-            base = self.forward(x, text_slot, positions, text_slot)[:, -1]
+            x = model.lm.embed(text)
+            base = self.forward(x, text_slots, positions, text_slots[-1:])[:, -1]
             logits = fp32_logits(base, self.head, model.banned)
             return logits, u.long(), torch.zeros_like(base[:, 0])
-        thought, base = self.think(newest, n, u)
+        thought, base = self.think(text, n, u)
         x, last = model.lm.embed(thought[:, -1:]), self.slot[self.n_ahead - 2:self.n_ahead]
         x = torch.cat((x, model.end_embedding.to(x.dtype).expand(len(x), 1, -1)), dim=1)
-        talk = self.forward(x, last, positions + 1 + last, text_slot)[:, -1]
+        talk = self.forward(x, last, positions[:, -1:] + 1 + last, text_slots[-1:])[:, -1]
         mix = model.mixing_head(model.mixing_head.base_half(base), talk)
         return fp32_logits(base + mix * (talk - base), self.head, model.banned), thought, mix[:, 0]
 
@@ -135,10 +133,11 @@ class Decoder:
         mask = mask | (slot == query)  # padding sees itself
         on_cpu = slot.device.type == "cpu"
         used = int(last_text) + 1 if on_cpu else len(slot)  # a GPU prefers one shape
-        form = few_queries if len(slots) <= 2 else dense  # a step's forwards have one token or two
-        attend = form(mask[..., :used])
-        return self.model.lm(
-            x, positions, lambda q, k, v: attend(q, k[:, :, :used], v[:, :, :used]), self.cache)
+        is_step = len(slots) <= 2  # else the prompts: blocks are compiled for the steps
+        attend = (few_queries if is_step and not on_cpu else dense)(mask[..., :used])
+        with nullcontext() if is_step else torch.compiler.set_stance("force_eager"):
+            return self.model.lm(
+                x, positions, lambda q, k, v: attend(q, k[:, :, :used], v[:, :, :used]), self.cache)
 
 
 @torch.no_grad()
@@ -151,16 +150,18 @@ def generate(model: QuietStar, prompts: Sequence[Sequence[int]], max_new_tokens:
     temperature. generator: of the model's device, for thoughts and text. InputError: NaN logits.
     """
     decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens, n_ahead)
-    newest, n = decoder.prefill(prompts)
-    u = torch.zeros(len(prompts), max(0, n_ahead - 2), device=newest.device)
-    step = Graph(decoder.next_logits, (newest, n, u)) if newest.is_cuda else decoder.next_logits
-    for _ in range(max_new_tokens):
-        u = torch.rand(u.shape, generator=generator, device=u.device)
-        logits, thoughts, mix = step(newest, n, u)
+    text, n = decoder.begin(prompts)
+    step: Callable[..., tuple[Tensor, ...]] = decoder.next_logits
+    for i in range(max_new_tokens):
+        u = torch.rand(len(prompts), max(0, n_ahead - 2), generator=generator, device=text.device)
+        if i == 1 and text.is_cuda:  # the prompts have been read: one shape from now on
+            step = Graph(decoder.next_logits, (text, n, u))
+        logits, thoughts, mix = step(text, n, u)
         if not logits.amax(-1).isfinite().all():
             raise InputError("the model's logits are not finite (NaN or infinite): its weights are "
                              f"damaged or too large for {decoder.head.dtype}: take others")
-        newest, n = sample_token(logits, temperature, top_k, top_p, generator), n + 1
+        newest = sample_token(logits, temperature, top_k, top_p, generator)
+        text, n = newest[:, None], n[-1:] + 1
         yield Step(newest, thoughts.clone(), mix.clone(), logits.clone())
 
 

@@ -151,14 +151,49 @@ def test_no_size_is_measured_twice(monkeypatch):
 
 
 def test_decoding_is_measured_against_the_bandwidth(monkeypatch):
-    monkeypatch.setattr(bench, "copy_rate", lambda device: bench.spread([1e9]))
+    monkeypatch.setattr(bench, "read_rate", lambda device: bench.spread([1e9]))
+    monkeypatch.setattr(bench, "beside_transformers", lambda model: "compared")
     result = bench.bench_sample(SMALL, CPU)
+    assert result.pop("transformers") == "compared"
     assert set(result) == {f"batch {b}, {w}" for b in (1, 8)
                            for w in ("thoughts of 5", "no thoughts")}
     weights = sum(p.numel() for n, p in bench.make_model(SMALL, CPU).lm.named_parameters()
                   if "embed_tokens" not in n) * 4
     one = result["batch 1, no thoughts"]
     assert one["bound"] == pytest.approx(weights / 1e9 / one["seconds_per_token"]["median"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_transformers_generates_the_same(tied, bias):
+    """On the very same weights, and token by token what ours does."""
+    pytest.importorskip("transformers")
+    shape = replace(SMALL, model=bench.qwen(32, 2, 4, 2, 64, 50, tied=tied, bias=bias, theta=30.0))
+    model = bench.make_model(shape, CPU)
+    with torch.no_grad():
+        for p in model.lm.parameters():
+            p.add_(0.3 * torch.randn(p.shape))
+    result = bench.beside_transformers(model, 8)
+    assert result["same_tokens"] is True
+    assert result["speedup"]["median"] > 0 and result["ours"]["low"] > 0
+
+
+def test_without_transformers_nothing_is_compared(monkeypatch, capsys):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    skipped = bench.beside_transformers(bench.make_model(SMALL, CPU))
+    assert skipped == {"skipped": "transformers is not installed"}
+    assert "transformers is not installed" in capsys.readouterr().out
+
+
+def test_a_run_decodes_at_all_three_shapes(monkeypatch, tmp_path):
+    seen, file, threads = [], tmp_path / "b.json", torch.get_num_threads()
+    monkeypatch.setattr(bench, "bench_sample", lambda shape, device: seen.append(shape) or {})
+    assert bench.main(["sample", "--device", "cpu", "--json", str(file)]) == 0
+    assert bench.main(["sample", "--device", "cpu", "--config", "cpu"]) == 0
+    torch.set_num_threads(threads)
+    assert seen == [*bench.SHAPES.values(), bench.SHAPES["cpu"]]
+    assert {f"sample {name}" for name in bench.SHAPES} <= json.loads(file.read_text()).keys()
+    assert bench.SHAPES["cpu_0_5b"].model.hidden_size == 896
 
 
 def test_preparing_reads_what_prepare_py_prints(tmp_path, monkeypatch):

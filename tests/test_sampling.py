@@ -107,17 +107,17 @@ def test_a_decoder_takes_new_prompts(make_model, n_ahead):
     model, decoder = make_model(), Decoder(make_model(), 4, 20, n_ahead)
     for prompts in (PROMPTS, PROMPTS[::-1], [[9], [1, 2], [4], [3] * 12], [[5], [6], [7], [8]]):
         (step,) = generate(model, prompts, 1, n_ahead, generator=torch.Generator().manual_seed(0))
-        newest, n = decoder.prefill(prompts)
+        text, n = decoder.begin(prompts)
         u = torch.rand(4, max(0, n_ahead - 2), generator=torch.Generator().manual_seed(0))
-        assert newest.tolist() == [p[-1] for p in prompts]
-        assert n == max(map(len, prompts)) - 1
-        logits, thoughts, mix = decoder.next_logits(newest, n, u)
+        assert text[:, -1].tolist() == [p[-1] for p in prompts]
+        assert n.tolist() == list(range(max(map(len, prompts))))
+        logits, thoughts, mix = decoder.next_logits(text, n, u)
         assert torch.equal(logits, step.logits)
         assert torch.equal(thoughts, step.thoughts)
         assert torch.equal(mix, step.mix)
         assert not logits.requires_grad
         if n_ahead:
-            thought, base = decoder.think(newest, n, u)
+            thought, base = decoder.think(text, n, u)
             assert torch.equal(thought, thoughts)
             assert base.shape == (4, 24)
             assert not base.requires_grad
@@ -211,6 +211,15 @@ def test_sample_token_by_hand(settings, expected, dtype):
     expected = torch.tensor(expected)
     assert torch.equal(ours > 0, expected > 0)
     assert (ours - expected).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(("u", "expected"), [(0.0, 1), (1 - 2**-24, 3)])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.9}], ids=str)
+def test_no_draw_is_an_id_of_zero_probability(monkeypatch, u, expected, settings):
+    """The lowest and the highest number that there is, the first and the last ids impossible."""
+    monkeypatch.setattr(sampling.torch, "rand", lambda shape, **options: torch.full(shape, u))
+    logits = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).log()
+    assert sample_token(logits, **settings) == expected
 
 
 def test_a_small_temperature_gives_the_right_probabilities():
