@@ -31,6 +31,7 @@ from nanoqstar.dataset import KINDS, PHASES, TokenDataset, stream
 from nanoqstar.device import speed_up
 from nanoqstar.objective import Objective, Valid, quiet_star_loss
 from nanoqstar.quietstar import QuietStar, uniforms
+from nanoqstar.run import Run
 from nanoqstar.runlog import RunLog, Signals
 
 ROOT = Path(__file__).parents[1]
@@ -72,11 +73,16 @@ def saved_step(folder):
 FOLDERS = itertools.count()
 
 
+def prepared(folder, cfg):
+    return script.prepare(cfg, fold.Corpus.of(cfg), RunLog(folder, {}), Signals(),
+                          *script.check(cfg))
+
+
 def setup(tmp_path, **changes):
     """(a run that is prepared and whose mixing head is past zero, its optimizer)."""
     cfg, folder = small(**changes), tmp_path / f"run-{next(FOLDERS)}"
     folder.mkdir()
-    this = script.prepare(cfg, RunLog(folder, {}), Signals(), *script.check(cfg))
+    this = prepared(folder, cfg)
     torch.nn.init.normal_(this.model.mixing_head[4].weight,
                           generator=torch.Generator().manual_seed(0))
     return this, script.make_optimizer(this.model, cfg)
@@ -326,7 +332,7 @@ def test_a_run_goes_on_from_an_earlier_one(run, tmp_path):
     out, _ = run
     cfg = small(model_path=str(out))
     (tmp_path / "x").mkdir()
-    this = script.prepare(cfg, RunLog(tmp_path / "x", {}), Signals(), *script.check(cfg))
+    this = prepared(tmp_path / "x", cfg)
     assert this.model.mixing_head[4].weight.abs().sum() > 0  # trained, and not wiped
     stored = hf.load_thinker(out)[0]
     for (name, p), q in zip(this.model.named_parameters(), stored.parameters(), strict=True):
@@ -445,9 +451,9 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path, monkeypatch, capsys):
     RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory")])
 @pytest.mark.parametrize(("place", "n", "kept"), [
     ("train_step", 1, "nothing is saved"), ("train_step", 5, "update 1 is saved in"),
-    ("evaluate_now", 2, "update 2 is saved in")])
+    ("evaluate", 2, "update 2 is saved in")])
 def test_want_of_memory_loses_nothing(tmp_path, monkeypatch, capsys, error, place, n, kept):
-    before_call(monkeypatch, script, place, n, raises(error))
+    before_call(monkeypatch, Run if place == "evaluate" else script, place, n, raises(error))
     assert start(tmp_path / "x") == 2
     said = capsys.readouterr().err
     assert said.startswith("error: the memory is used up: lower batch_size") and kept in said
@@ -613,11 +619,11 @@ def test_control_thoughts_come_from_the_text(tmp_path):
     this, _ = setup(tmp_path, thoughts_from="ab")
     text = torch.zeros(2, 22, dtype=torch.long)
     u = torch.rand(2, 2, 20, 4, generator=torch.Generator().manual_seed(0))
-    thoughts, log_probs = script.rollout_of(this)(text, None, u)
+    thoughts, log_probs = this.rollout(text, None, u)
     assert torch.equal(thoughts, (u >= 0.5).long())
     assert torch.allclose(log_probs, torch.tensor(0.5).log())
     this.cfg = dataclasses.replace(this.cfg, thoughts_from="\n")
-    assert (script.rollout_of(this)(text, None, u)[0] == 10).all()
+    assert (this.rollout(text, None, u)[0] == 10).all()
     out = tmp_path / "x"
     assert start(out, thoughts_from="ab") == 0
     for row in rows(out, "eval", "think"):  # evaluations have them as well
@@ -626,7 +632,7 @@ def test_control_thoughts_come_from_the_text(tmp_path):
 
 def test_non_finite_steps_are_skipped_and_several_stop_the_run(tmp_path, monkeypatch, capsys):
     this, _ = setup(tmp_path, max_steps=20)
-    monkeypatch.setattr(script, "evaluate_now", lambda *args: None)
+    monkeypatch.setattr(Run, "evaluate", lambda *args: None)
     with torch.no_grad():
         this.model.end_embedding[0] = math.nan
     before = {n: p.detach().clone() for n, p in this.model.named_parameters()}
@@ -640,7 +646,7 @@ def test_non_finite_steps_are_skipped_and_several_stop_the_run(tmp_path, monkeyp
 
 def test_a_finite_step_ends_the_count_of_those_that_were_not(tmp_path, monkeypatch):
     this, _ = setup(tmp_path, max_steps=20)
-    monkeypatch.setattr(script, "evaluate_now", lambda *args: None)
+    monkeypatch.setattr(Run, "evaluate", lambda *args: None)
     finite = iter([False] * 4 + [True] + [False] * 4 + [True] * 11)
     step = script.train_step
     monkeypatch.setattr(script, "train_step", lambda *args: (*step(*args)[:3], next(finite)))
