@@ -1,23 +1,31 @@
 """python train.py [CONFIG] [--key value ..]: trains a language model to think before every token.
 
 CONFIG is a preset (`python train.py configs` lists them; default tiny) or the path of a saved
-config.json. Ctrl-C and SIGTERM end a run after the update at hand and save it (exit 130 and 143).
+config.json. Ctrl-C and SIGTERM end a run after the update at hand and save it (exit 130 and 143);
+--resume goes on from there, or from the last state saved, bit for bit.
 """
 
 import sys
+from contextlib import suppress
+from pathlib import Path
 
-from configs import TrainConfig, list_presets, load_config
-from nanoqstar import cli
+from configs import TrainConfig, changes, list_presets, load_config, run_of
+from nanoqstar import InputError, cli
 
 
 def read(args: list[str]) -> tuple[str, TrainConfig]:
     """Command line -> (name of the run, its settings)."""
     if args[:1] == ["configs"]:
         raise cli.Answer(list_presets())
-    named = args[:1] and not args[0].startswith("-")
-    name, base = load_config(args[0] if named else "tiny")
+    named = [word for word in args[:1] if not word.startswith("-")]
+    options, source = args[len(named):], named[0] if named else "tiny"
+    with suppress(cli.Answer):  # of --help
+        resume = cli.parse(TrainConfig, options).get("resume")
+        if not named and resume not in (None, "auto"):
+            source = str(run_of(resume) / "config.json")
+    name, base = load_config(source)
     usage = f"{__doc__}\nDefaults are those of {name}, and only what applies to it is listed."
-    return name, cli.settings(TrainConfig, args[1 if named else 0:], usage, base=base)
+    return name, cli.settings(TrainConfig, options, usage, base=base)
 
 
 def main(args: list[str]) -> int:
@@ -30,22 +38,20 @@ if __name__ == "__main__":  # --help and typos are answered before torch is impo
 
 import dataclasses
 import math
-import shlex
 from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from data import fold
-from nanoqstar import InputError, flops
+from nanoqstar import flops
 from nanoqstar.dataset import TokenDataset, prefetched
 from nanoqstar.objective import Objective, Valid
 from nanoqstar.quietstar import QuietStar, uniforms
 from nanoqstar.run import Run, check, prepare
-from nanoqstar.runlog import RunLog, Signals, run_folder, start_wandb
-
-MAX_SKIPPED = 5  # non-finite steps in a row that stop a run
-
+from nanoqstar.runlog import RunLog, Signals, run_folder, start_wandb, write
+from nanoqstar.state import Progress, State, States
+from nanoqstar.state import read as read_state
 
 # ---- one update
 
@@ -68,12 +74,13 @@ def load_batches(data: TokenDataset, phase: str, step: int, cfg: TrainConfig, pi
     return batches, counts
 
 
-def train_step(model, optimizer, batches, counts, objective, lr, cfg, rollout=None):
+def train_step(model, optimizer, batches, counts, objective, lr, cfg, rollout=None,
+               largest=math.inf):
     """One optimizer update (the paper's Algorithm 1).
 
     batches, counts: of `load_batches`. rollout: of the thoughts; default the model's own.
     Returns the update's means (device tensors), the last thoughts, the gradient norm, and whether
-    it was finite: if not, nothing was changed.
+    it was finite and `largest` at most: if not, nothing was changed.
     """
     device, totals, thoughts = model.lm.head_weight.device, {}, None
     counts = counts.to(device)
@@ -89,13 +96,13 @@ def train_step(model, optimizer, batches, counts, objective, lr, cfg, rollout=No
             totals[key] = totals.get(key, 0.0) + value
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(learning, cfg.grad_clip)
-    finite = bool(grad_norm.isfinite())  # waits for the device, once a step
-    if finite:
+    taken = bool(grad_norm.isfinite() & (grad_norm <= largest))  # waits for the device, once a step
+    if taken:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return totals, thoughts, grad_norm, finite
+    return totals, thoughts, grad_norm, taken
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
@@ -134,50 +141,55 @@ def make_optimizer(model: QuietStar, cfg: TrainConfig) -> torch.optim.AdamW:
 # ---- the loop
 
 
-def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> None:
-    """cfg.max_steps updates with evaluations, logging and checkpoints on the way.
+def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> Progress:
+    """cfg.max_steps updates with evaluations, logging and saves on the way.
 
     phase: 'pretrain', 'think' or 'text'. first: updates before these. However it ends, what was
     learned is saved.
     """
     model, log, last = this.model, this.log, first + cfg.max_steps
     optimizer, rollout = make_optimizer(model, cfg), this.rollout
+    at = this.begin(phase, first, last, optimizer)
+    begun, torn = at.update, []  # torn: between the first parameter's update and the last's
+    optimizer.register_step_pre_hook(lambda *_: torn.append(True))
     objective = Objective(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Objective)})
     reading = partial(load_batches, this.splits["train"], phase, cfg=cfg,
                       pin=model.lm.head_weight.is_cuda)
-    steps = tqdm(range(first, last), desc=phase, unit="step", disable=None, dynamic_ncols=True)
-    n_windows, done, skipped, in_a_row = cfg.batch_size * cfg.grad_accum, first, 0, 0
-    log.start_clock(first)
+    steps = tqdm(range(begun, last), desc=phase, unit="step", disable=None, dynamic_ncols=True,
+                 initial=begun - first, total=cfg.max_steps)
+    n_windows = cfg.batch_size * cfg.grad_accum
+    log.start_clock(begun)
     try:
-        for step, (batches, counts) in zip(steps, prefetched(reading, range(first, last))):
-            if phase != "pretrain" and (step - first) % cfg.eval_every == 0:
-                this.evaluate(step)
+        for step, (batches, counts) in zip(steps, prefetched(reading, range(begun, last))):
+            due = step > begun and step % cfg.save_every == 0
+            if phase != "pretrain" and at.score is None and (step - first) % cfg.eval_every == 0:
+                this.evaluate(at)
+                due = due or (step > first and this.is_best(at))
                 log.start_clock(step)
+            if due:
+                this.save(at, optimizer, background=True)
             this.signals.check()
             lr = learning_rate(step - first, cfg)
-            stats, thoughts, grad_norm, finite = train_step(
-                model, optimizer, batches, counts, objective, lr, cfg, rollout)
-            done, in_a_row = step + 1, 0 if finite else in_a_row + 1
-            skipped += not finite
-            if in_a_row == MAX_SKIPPED:
-                raise InputError(
-                    f"the gradient was not finite {MAX_SKIPPED} updates in a row (update {done}): "
-                    f"lower {'pretrain_' * (phase == 'pretrain')}learning_rate or policy_weight; "
-                    "these updates changed nothing")
+            largest = at.spike() if cfg.skip_spikes else math.inf
+            stats, thoughts, grad_norm, taken = train_step(
+                model, optimizer, batches, counts, objective, lr, cfg, rollout, largest)
+            at.note(float(grad_norm), taken)
+            torn.clear()
+            done = at.update
             if done % cfg.log_every == 0 or done == last:
                 work = flops.of_update(model.lm.config, n_windows, cfg.max_length, cfg.n_ahead,
                                        cfg.n_ahead_talk, cfg.n_passes, float(stats.get("live", 1)))
                 log.update(phase, done, last, n_windows * cfg.max_length, work, thoughts, stats | {
-                    "grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped})
+                    "grad_norm": grad_norm, "learning_rate": lr, "skipped": at.skipped,
+                    **({"spikes": at.spikes} if cfg.skip_spikes else {})})
             else:
                 log.sign_of_life(phase, done, last)
-            if done % cfg.save_every == 0 and done < last:
-                this.save(phase, done)
     except BaseException:
-        if done > first:
-            this.save(phase, done)
+        if at.update > begun:
+            this.save(at, None if torn else optimizer)
         raise
-    this.save(phase, last)
+    this.save(at, optimizer)
+    return at
 
 
 # ---- the stages of a run
@@ -186,42 +198,43 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> None:
 def pretrain(this: Run) -> None:
     """A new model learns to write first."""
     cfg = this.cfg
-    if this.origin is not None or not cfg.pretrain_steps:
+    if (this.origin is not None or not cfg.pretrain_steps
+            or (this.state and this.state[1]["progress"].phase != "pretrain")):
         return
     train(this, dataclasses.replace(
         cfg, n_ahead=0, trainable="all", max_steps=cfg.pretrain_steps,
         batch_size=cfg.pretrain_batch_size, grad_accum=1, learning_rate=cfg.pretrain_learning_rate,
-        warmup_steps=30, schedule="cosine", beta2=0.99, weight_decay=0.01, save_every=1000),
-        "pretrain")
+        warmup_steps=30, schedule="cosine", beta2=0.99, weight_decay=0.01), "pretrain")
     this.init_thoughts()  # from the embeddings as they are now
     this.log.pretrained = cfg.pretrain_steps
 
 
-def finish(this: Run) -> None:
-    """The final evaluation, and where everything is."""
-    cfg, log, last = this.cfg, this.log, this.first + this.cfg.max_steps
-    this.evaluate(last, final=True)
-    log.write("end", last, seconds=log.seconds)
-    words, answer = " --show_thoughts" * (cfg.n_ahead > 0), ""
-    if this.corpus:
-        options, letter = this.corpus.example()
-        words, answer = words + options, f" (right is {letter})"
-    log.say(f"{log.seconds:.0f} s in all. Try it{answer}:\n"
-            f"python sample.py --model_path {shlex.quote(str(log.folder))}{words}")
-    if log.saved != (log.folder / "checkpoint", last):
-        raise InputError(f"update {last} could not be saved, for want of room or of rights in "
-                         f"{log.folder}; {log.kept}")
+def find_state(cfg: TrainConfig, states: States) -> State | None:
+    """The state to go on from, if any; what is set otherwise than before is shown, or refused."""
+    if not states.folders():
+        return None
+    harmless, serious = changes(load_config(str(states.folder.with_name("config.json")))[1], cfg)
+    if serious and not cfg.force:
+        raise InputError(f"the run had other settings: {', '.join(serious)}: leave these as they "
+                         "were, or give --force")
+    for change in (*harmless, *serious):
+        write(f"otherwise than before: {change}", sys.stdout)
+    if Path(str(cfg.resume)).parent == states.folder:
+        return read_state(Path(str(cfg.resume)))
+    return states.newest(lambda line: write(line, sys.stderr))
 
 
 def run(name: str, cfg: TrainConfig) -> None:
     """Everything a configuration asks for."""
-    (device, splits, loaded), config = check(cfg), dataclasses.asdict(cfg)
-    with Signals().caught() as signals, run_folder(cfg.out_dir, name) as folder:
+    device, splits, loaded = check(cfg)
+    config = dataclasses.asdict(dataclasses.replace(cfg, resume=None, force=False))
+    resume = str(run_of(cfg.resume)) if cfg.resume not in (None, "auto") else cfg.resume
+    with Signals().caught() as signals, run_folder(cfg.out_dir, name, resume) as folder:
         with signals.at_once():
+            state = find_state(cfg, States(folder / "state", cfg.keep))
             log = RunLog(folder, config, start_wandb(name, config) if cfg.wandb else None,
-                         flops.peak_flops(device))
-            this = prepare(cfg, fold.Corpus.of(cfg), log, signals, device, splits, loaded)
+                         flops.peak_flops(device), cfg.keep)
+            this = prepare(cfg, fold.Corpus.of(cfg), log, signals, device, splits, loaded, state)
         with log.saying_what_is_kept():
             pretrain(this)
-            train(this, cfg, "think" if cfg.n_ahead else "text", this.first)
-            finish(this)
+            this.finish(train(this, cfg, "think" if cfg.n_ahead else "text", this.first))

@@ -4,9 +4,11 @@
 corpus, which has a tokenizer, a text and answers of its own, and None for prepared data.
 """
 
+import hashlib
 import math
 import os
-from dataclasses import dataclass
+import shlex
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from nanoqstar.device import pick_device, pick_threads, speed_up
 from nanoqstar.quietstar import QuietStar, Rollout, draw_from
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 from nanoqstar.runlog import RunLog, Signals
+from nanoqstar.state import Progress, State, load
 from nanoqstar.thoughts import ThoughtLayout
 from nanoqstar.tokenizer import beginning_ids, encode, load_tokenizer, unknown_ids
 
@@ -99,6 +102,7 @@ class Run:
     model: QuietStar
     tokenizer: Tokenizer
     origin: hf.Settings | None  # of the model it started from
+    state: State | None = None  # to go on from
 
     @property
     def first(self) -> int:
@@ -120,10 +124,29 @@ class Run:
                           for name in ("start_init_text", "end_init_text"))
             self.model.init_thoughts(start, end, self.cfg.seed)
 
-    def evaluate(self, step: int, final: bool = False) -> None:
+    def begin(self, phase: str, first: int, last: int, optimizer: torch.optim.Optimizer
+              ) -> Progress:
+        """A phase's start; or where a state was saved in it, whose tensors come back."""
+        if self.state is None:
+            return Progress(phase, first, self.log.pretrained)
+        (folder, info), self.state = self.state, None
+        at = info["progress"]
+        self.log.pretrained = at.pretrained
+        if (at.phase, at.update <= last) != (phase, True):
+            raise InputError(f"{folder} is of update {at.update} of {at.phase}: this command ends "
+                             f"with update {last} of {phase}, so nothing is left to do")
+        load(folder, info, self.model, optimizer)
+        self.log.go_on(folder, info)
+        self.log.say(f"goes on from {folder}: {phase} {at.update}/{last}")
+        if info["made_by"] != self.made_by:
+            self.log.say(f"warning: it was made by {info['made_by']}, and this is {self.made_by}: "
+                         "figures will differ in their last digits")
+        return at
+
+    def evaluate(self, at: Progress, final: bool = False) -> None:
         """Scores the same val windows every time, logs the summary and shows a few thoughts; at the
-        end the table as well."""
-        cfg, corpus = self.cfg, self.corpus
+        end the table as well. Raises InputError where training has spoiled the base."""
+        cfg, corpus, log = self.cfg, self.corpus, self.log
         text, docs = self.splits["val"].evenly(cfg.eval_windows, cfg.max_length + cfg.n_ahead_talk)
         with self.signals.at_once():  # nothing changes here
             scores = evaluate.score_text(
@@ -131,29 +154,77 @@ class Run:
                 batch_size=cfg.batch_size, sampler=self.rollout,
                 choices=corpus.choices if corpus else None)
             report = evaluate.report(scores)
-            if not math.isfinite(report.summary["nll_base"]):
-                raise InputError(f"the predictions are not finite at update {step}: lower "
-                                 f"learning_rate, or pretrain_learning_rate; {self.log.kept}")
+            base = report.summary["nll_base"]
+            if not math.isfinite(base):
+                raise InputError(f"the predictions are not finite at update {at.update}: lower "
+                                 f"learning_rate, or pretrain_learning_rate; {log.kept}")
             if corpus:
                 corpus.add_answers(report, scores, self.model, final)
-        self.log.write("eval", step, **report.summary)
-        for line in evaluate.lines(report, scores, self.tokenizer, step, final):
-            self.log.say(line)
+        log.write("eval", at.update, **report.summary)
+        for line in evaluate.lines(report, scores, self.tokenizer, at.update, final):
+            log.say(line)
+        start = at.start_nll = base if at.start_nll is None else at.start_nll
+        if cfg.max_base_rise is not None and base > start + cfg.max_base_rise:
+            log.wait()
+            best = log.states.best()
+            raise InputError(
+                f"the base's NLL on val has risen from {start:.3f} to {base:.3f} by update "
+                f"{at.update}, by more than max_base_rise {cfg.max_base_rise}: " + (
+                    f"the best state is {best}, go on from it with --resume {best} --force and "
+                    if best else "no state was saved before, start anew with ")
+                + "a lower policy_weight or learning_rate")
+        at.score = start - report.summary["nll_mixed"]  # the gain, over what cannot be spoiled
 
-    def save(self, phase: str, step: int) -> None:
-        """The language model alone as long as it has never learned to think."""
+    def is_best(self, at: Progress) -> bool:
+        """Whether no state has a better score."""
+        return at.score is not None and at.score > max(self.log.states.scores().values(),
+                                                       default=-math.inf)
+
+    def save(self, at: Progress, optimizer: torch.optim.Optimizer | None,
+             background: bool = False) -> None:
+        """State and model, that being the language model alone as long as it has never learned to
+        think. No optimizer: an update was cut short, so there is no state."""
         cfg, origin, thinking = self.cfg, self.origin, None
-        if cfg.n_ahead and phase != "pretrain":
+        if cfg.n_ahead and at.phase != "pretrain":
             thinking = hf.Thinking(cfg.n_ahead, cfg.n_ahead_talk, cfg.thought_temperature)
         elif origin and origin.thinking.n_ahead:
             thinking = origin.thinking
-        self.log.save(phase, step, self.model, self.tokenizer, thinking,
-                      origin.folder if origin else None)
+        self.log.save(at, self.model, optimizer, self.tokenizer, thinking,
+                      origin.folder if origin else None,
+                      {"data": meta_sum(self.splits), "made_by": self.made_by}, background)
+
+    def finish(self, at: Progress) -> None:
+        """The final evaluation, and where everything is."""
+        cfg, log = self.cfg, self.log
+        self.evaluate(at, final=True)
+        log.write("end", at.update, seconds=log.seconds)
+        words, answer = " --show_thoughts" * (cfg.n_ahead > 0), ""
+        if self.corpus:
+            options, letter = self.corpus.example()
+            words, answer = words + options, f" (right is {letter})"
+        log.say(f"{log.seconds:.0f} s in all. Try it{answer}:\n"
+                f"python sample.py --model_path {shlex.quote(str(log.folder))}{words}")
+        if log.saved != (log.folder / "checkpoint", at.update):
+            raise InputError(f"the model of update {at.update} could not be saved, for want of "
+                             f"room or of rights in {log.folder}; {log.kept}")
+
+    @property
+    def made_by(self) -> str:
+        """What the last digits depend on."""
+        return (f"torch {torch.__version__} on {self.model.lm.head_weight.device.type}, "
+                f"{torch.get_num_threads()} threads")
+
+
+def meta_sum(splits: Splits) -> str:
+    """Which data this is."""
+    meta = splits["train"].tokenizer_path.with_name("meta.json")
+    return hashlib.sha256(meta.read_bytes()).hexdigest()
 
 
 def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.device,
-            splits: Splits | None, loaded: Loaded | None) -> Run:
-    """Model and data, ready to train; the last three are of `check`."""
+            splits: Splits | None, loaded: Loaded | None,
+            state: State | None = None) -> Run:
+    """Model and data, ready to train. device, splits, loaded: of `check`. state: to go on from."""
     if splits is None:
         tokenizer, origin = corpus.tokenizer(), None
     else:
@@ -178,13 +249,19 @@ def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.
     if device.type == "cuda" and model.lm.config.head_dim < 16:
         raise InputError(f"heads of {model.lm.config.head_dim} numbers: attention on a GPU needs "
                          "16 or more; lower n_heads, or raise hidden_size")
-    this = Run(cfg, corpus, log, signals, splits or {}, model, tokenizer, origin)
+    this = Run(cfg, corpus, log, signals, splits or {}, model, tokenizer, origin, state)
     this.init_thoughts()
     if splits is None:
-        n_val = cfg.eval_windows * (cfg.max_length + cfg.n_ahead_talk)
-        corpus.prepare(log.folder / "data", cfg.fold_tokens, n_val)
-        this.splits = open_splits(cfg, log.folder / "data")
+        folder = log.folder / "data"
+        if not (state and folder.exists()):
+            n_val = cfg.eval_windows * (cfg.max_length + cfg.n_ahead_talk)
+            corpus.prepare(folder, cfg.fold_tokens, n_val)
+        this.splits = open_splits(cfg, folder)
     data = this.splits["train"]
+    if state and (meta_sum(this.splits) != state[1]["data"] or (
+            corpus and data.meta["source"] != {"corpus": "fold", **asdict(corpus)})):
+        raise InputError(f"the data in {data.tokenizer_path.parent} are not those of {state[0]}: "
+                         "put the data back, or start anew")
     if (first := beginning_ids(tokenizer)) and "beginning_ids" not in data.meta:
         log.say(f"warning: {cfg.data} was prepared without the beginning-of-text token "
                 f"({tokenizer.decode(first, skip_special_tokens=False)}) that this model knows "
@@ -192,4 +269,5 @@ def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.
     speed_up(model, device, cfg.checkpointing, cfg.compile)
     log.say(f"{log.folder}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, "
             f"{data.n_tokens:,} training tokens, {device}, {torch.get_num_threads()} threads")
+    log.say(log.states.check_room(3 * sum(p.nbytes for p in model.parameters())))
     return this

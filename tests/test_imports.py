@@ -15,7 +15,7 @@ PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "t
 GUARDED = {"pyarrow", "wandb"}  # optional extras, inside functions only
 ORDER = ["cli", "files", "device", "qwen2", "thoughts", "attention", "head", "objective", "dataset",
          "quietstar", "sampling", "evaluate", "flops", "hub", "tokenizer", "weights", "hf",
-         "runlog", "run", "bench", "experiments"]  # a module imports from those before it
+         "state", "runlog", "run", "bench", "experiments"]  # a module imports from those before it
 LIGHT = {"nanoqstar", "nanoqstar.cli", "nanoqstar.files"}  # the standard library and each other
 SCRIPTS = ("train.py", "sample.py", "data/prepare.py", "nanoqstar.bench", "nanoqstar.experiments")
 FILES = [*sorted((ROOT / "nanoqstar").glob("*.py")), *sorted((ROOT / "data").glob("*.py")),

@@ -17,6 +17,7 @@ from nanoqstar import InputError, files, runlog
 from nanoqstar.cli import Interrupted
 from nanoqstar.hf import Thinking, load_thinker
 from nanoqstar.runlog import RunLog, Signals, run_folder, start_wandb
+from nanoqstar.state import Progress
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 STATS = {"nll_base": 1.5, "grad_norm": 0.5, "learning_rate": 1e-3, "skipped": 0}
@@ -254,22 +255,31 @@ def test_what_was_there_before_a_failed_start_stays(tmp_path):
     assert os.listdir(tmp_path / "mine") == []
 
 
+def save(log, model, tokenizer, phase, update, thinking=None, background=False):
+    optimizer = torch.optim.AdamW(model.parameters())
+    log.save(Progress(phase, update, 7 * (phase == "think")), model, optimizer, tokenizer, thinking,
+             None, {"data": "", "made_by": ""}, background)
+
+
 def test_saved_is_what_can_be_loaded(log, model, tokenizer):
-    assert log.kept == "nothing is saved"
-    log.save("pretrain", 7, model, tokenizer, None, None)
+    assert log.kept == "nothing is saved" and log.how_to_go_on == ""
+    save(log, model, tokenizer, "pretrain", 7)
     assert log.kept == f"update 7 is saved in {log.folder / 'base'}"
-    log.save("think", 3, model, tokenizer, Thinking(6, 2, 0.5), None)
+    assert log.how_to_go_on == f": go on with --resume {log.folder}"
+    save(log, model, tokenizer, "think", 3, Thinking(6, 2, 0.5))
     assert log.saved == (log.folder / "checkpoint", 3)
+    assert [x.name for x in log.states.folders()] == ["step-000007", "step-000010"]
     for name, step, thinking in (("base", 0, Thinking()), ("checkpoint", 3, Thinking(6, 2, 0.5))):
         _, _, settings = load_thinker(log.folder / name)
         assert (settings.step, settings.thinking, settings.config) == (step, thinking, {"seed": 0})
 
 
 def test_a_broken_model_does_not_replace_a_good_one(log, model, tokenizer, capsys):
-    log.save("think", 3, model, tokenizer, Thinking(6, 2), None)
+    save(log, model, tokenizer, "think", 3, Thinking(6, 2))
     with torch.no_grad():
         model.lm.head_weight[0, 0] = float("inf")
-    log.save("think", 4, model, tokenizer, Thinking(6, 2), None)
+    save(log, model, tokenizer, "think", 4, Thinking(6, 2))
+    assert [x.name for x in log.states.folders()] == ["step-000010"]
     assert load_thinker(log.folder)[2].step == 3 and log.saved == (log.folder / "checkpoint", 3)
     assert capsys.readouterr().err == (
         "warning: update 4 is not saved: its weights are not finite\n")

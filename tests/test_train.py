@@ -33,6 +33,7 @@ from nanoqstar.objective import Objective, Valid, quiet_star_loss
 from nanoqstar.quietstar import QuietStar, uniforms
 from nanoqstar.run import Run
 from nanoqstar.runlog import RunLog, Signals
+from nanoqstar.state import States
 
 ROOT = Path(__file__).parents[1]
 TINY = PRESETS["tiny"].config
@@ -167,7 +168,7 @@ def test_a_run_leaves_what_it_promises(run):
     saved = TrainConfig(**json.loads((out / "config.json").read_text()))
     assert saved == small(eval_every=1, out_dir=str(out))
     assert sorted(p.name for p in out.iterdir()) == [
-        "base", "checkpoint", "config.json", "data", "metrics.jsonl"]  # no lock
+        "base", "checkpoint", "config.json", "data", "metrics.jsonl", "state"]  # no lock
     kinds = {p.suffix for p in out.rglob("*") if p.is_file()}  # .bin and .npy are the corpus
     assert kinds == {".json", ".jsonl", ".safetensors", ".bin", ".npy"}  # no pickle
     _, _, settings = hf.load_thinker(out)
@@ -373,7 +374,13 @@ def test_the_official_checkpoint_is_a_start(run, tmp_path):
         assert torch.allclose(p, q, atol=1e-5), name
 
 
-def test_checkpoints_are_written_every_so_many_updates(tmp_path, monkeypatch):
+@pytest.fixture
+def at_once(monkeypatch):
+    """Saves are waited for, as where host memory does not hold a copy: none is left out."""
+    monkeypatch.setattr(runlog, "in_host_memory", lambda tensors: None)
+
+
+def test_checkpoints_are_written_every_so_many_updates(tmp_path, monkeypatch, at_once):
     saves, save = [], hf.save
 
     def recording(folder, *args, step, **options):
@@ -403,7 +410,7 @@ def test_a_signal_ends_a_run_after_the_update_at_hand(tmp_path, monkeypatch, cap
     said = capsys.readouterr().err.splitlines()
     assert said == ["ending after this update",
                     f"interrupted; update {step} is saved in {out / folder}: go on with "
-                    f"--model_path {out / folder}"]
+                    f"--resume {out}"]
     assert saved_step(out / folder) == (step if folder == "checkpoint" else 0)
     assert (out / "checkpoint").exists() == (folder == "checkpoint")
     assert not rows(out, "end") and not (out / ".lock").exists()
@@ -420,8 +427,7 @@ def test_a_signal_ends_an_evaluation_at_once(tmp_path, monkeypatch, capsys, n, f
     assert start(out, eval_every=1) == 130
     assert len(rows(out, "eval")) == n - 1
     assert capsys.readouterr().err == (
-        f"interrupted; update {step} is saved in {out / folder}: go on with --model_path "
-        f"{out / folder}\n")
+        f"interrupted; update {step} is saved in {out / folder}: go on with --resume {out}\n")
     assert saved_step(out / folder) == (step if folder == "checkpoint" else 0)
 
 
@@ -474,27 +480,29 @@ def test_an_evaluation_that_fails_loses_nothing(tmp_path, monkeypatch):
         assert saved_step(tmp_path / str(n) / "checkpoint") == n - 1
 
 
-def test_a_failed_save_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_failed_save_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, capsys, at_once):
     before_call(monkeypatch, hf, "save", 2, raises(FULL))
-    assert start(tmp_path / "x", max_steps=4, save_every=2) == 0
+    assert start(tmp_path / "x", max_steps=4, save_every=2, pretrain_steps=2) == 0
     assert saved_step(tmp_path / "x" / "checkpoint") == 4
     assert capsys.readouterr().err == (
         "warning: update 2 could not be saved (No space left on device); the run goes on\n")
 
 
-def test_a_last_save_that_fails_says_what_is_kept(tmp_path, monkeypatch, capsys):
+def test_a_last_save_that_fails_says_what_is_kept(tmp_path, monkeypatch, capsys, at_once):
     """The base is of three updates, too: it is not taken for the checkpoint of the third."""
-    save = hf.save
-    for name, failing, kept in (("a", 3, "update 2 is saved in"), ("b", 2, "update 3 is saved in")):
-        calls, out = itertools.count(1), tmp_path / name
+    save, write = hf.save, States.save
+    for name, failing, kept in (("a", 4, "update 2 is saved in"), ("b", 3, "update 3 is saved in")):
+        calls, out = {"model": itertools.count(1), "state": itertools.count(1)}, tmp_path / name
 
-        def broken(*args, calls=calls, failing=failing, **options):
-            return raises(FULL)() if next(calls) >= failing else save(*args, **options)
-        monkeypatch.setattr(hf, "save", broken)
+        def broken(kind, function, calls=calls, failing=failing):
+            return lambda *args, **options: (
+                raises(FULL)() if next(calls[kind]) >= failing else function(*args, **options))
+        monkeypatch.setattr(hf, "save", broken("model", save))
+        monkeypatch.setattr(States, "save", broken("state", write))
         assert start(out, max_steps=3, save_every=2) == 2
         said = capsys.readouterr().err.splitlines()[-1]
-        folder = "checkpoint" if failing == 3 else "base"
-        assert said.startswith("error: update 3 could not be saved, for want of room")
+        folder = "checkpoint" if failing == 4 else "base"
+        assert said.startswith("error: the model of update 3 could not be saved, for want of room")
         assert kept in said
         assert said.endswith(str(out / folder)) and len(rows(out, "eval")) == 2
 
@@ -514,7 +522,8 @@ def test_a_model_that_an_update_has_broken_is_not_saved(tmp_path, monkeypatch, c
     assert said[0] == "warning: update 1 is not saved: its weights are not finite"
     assert said[1].startswith("error: the predictions are not finite at update 1: lower learning_")
     assert said[1].endswith(f"update 3 is saved in {out / 'base'}") and len(said) == 2
-    assert sorted(os.listdir(out)) == ["base", "config.json", "data", "metrics.jsonl"]
+    assert sorted(os.listdir(out)) == ["base", "config.json", "data", "metrics.jsonl", "state"]
+    assert os.listdir(out / "state") == ["step-000003"]
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capsys):
@@ -647,11 +656,12 @@ def test_non_finite_steps_are_skipped_and_several_stop_the_run(tmp_path, monkeyp
 def test_a_finite_step_ends_the_count_of_those_that_were_not(tmp_path, monkeypatch):
     this, _ = setup(tmp_path, max_steps=20)
     monkeypatch.setattr(Run, "evaluate", lambda *args: None)
-    finite = iter([False] * 4 + [True] + [False] * 4 + [True] * 11)
+    norms = iter([math.nan] * 4 + [1.0] + [math.inf] * 4 + [1.0] * 11)
     step = script.train_step
-    monkeypatch.setattr(script, "train_step", lambda *args: (*step(*args)[:3], next(finite)))
+    monkeypatch.setattr(script, "train_step", lambda *args: (
+        *step(*args)[:2], norm := torch.tensor(next(norms)), bool(norm.isfinite())))
     script.train(this, this.cfg, "think")
-    assert rows(this.log.folder)[-1]["skipped"] == 8 and next(finite, None) is None
+    assert rows(this.log.folder)[-1]["skipped"] == 8 and next(norms, None) is None
 
 
 def test_logged_means_leave_out_predictions_across_documents(tmp_path):
