@@ -261,8 +261,11 @@ def load_config(name: str) -> tuple[str, TrainConfig]:
 
 
 def run_of(resume: str) -> Path:
-    """The folder of the run that `resume` names, or one of whose states it is."""
-    return Path(resume).parents[1] if Path(resume).parent.name == "state" else Path(resume)
+    """The folder of the run that `resume` names, or one of whose states it names."""
+    folder = Path(resume).parents[1] if Path(resume).parent.name == "state" else Path(resume)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"there is no run in {folder} to resume (no config.json)")
+    return folder
 
 
 def list_presets() -> str:

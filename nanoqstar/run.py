@@ -171,7 +171,7 @@ class Run:
                 f"the base's NLL on val has risen from {start:.3f} to {base:.3f} by update "
                 f"{at.update}, by more than max_base_rise {cfg.max_base_rise}: " + (
                     f"the best state is {best}, go on from it with --resume {best} --force and "
-                    if best else "no state was saved before, start anew with ")
+                    if best else "no state was evaluated before, start anew with ")
                 + "a lower policy_weight or learning_rate")
         at.score = start - report.summary["nll_mixed"]  # the gain, over what cannot be spoiled
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
 from nanoqstar import InputError, files, runlog
 from nanoqstar.cli import Interrupted
 from nanoqstar.hf import Thinking, load_thinker
 from nanoqstar.runlog import RunLog, Signals, run_folder, start_wandb
-from nanoqstar.state import Progress
+from nanoqstar.state import Progress, States
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 STATS = {"nll_base": 1.5, "grad_norm": 0.5, "learning_rate": 1e-3, "skipped": 0}
@@ -283,6 +284,62 @@ def test_a_broken_model_does_not_replace_a_good_one(log, model, tokenizer, capsy
     assert load_thinker(log.folder)[2].step == 3 and log.saved == (log.folder / "checkpoint", 3)
     assert capsys.readouterr().err == (
         "warning: update 4 is not saved: its weights are not finite\n")
+
+
+def test_training_goes_on_while_a_copy_is_written(log, model, tokenizer, monkeypatch, capsys):
+    """What changes meanwhile is not in it; and no second save waits for the first."""
+    write, may_write, before = States.save, threading.Event(), model.end_embedding.detach().clone()
+
+    def slow(*args):
+        assert may_write.wait(20)
+        write(*args)
+    monkeypatch.setattr(States, "save", slow)
+    save(log, model, tokenizer, "think", 1, Thinking(6, 2), background=True)
+    torch.nn.init.ones_(model.end_embedding)
+    save(log, model, tokenizer, "think", 2, Thinking(6, 2), background=True)
+    assert log.states.folders() == [] and log.saved is None
+    assert capsys.readouterr().out == (
+        "update 2 is not saved: the save before it is still being written\n")
+    may_write.set()
+    assert log.kept == f"update 1 is saved in {log.folder / 'checkpoint'}"  # it waits
+    folder, = log.states.folders()
+    for file in (folder / "rank-00000.safetensors", log.folder / "checkpoint" /
+                 "quietstar.safetensors"):
+        assert torch.equal(load_file(file)["end_embedding"], before)
+    save(log, model, tokenizer, "think", 3, Thinking(6, 2), background=True)
+    log.wait()
+    assert log.saved[1] == 3
+
+
+def test_a_state_that_cannot_be_written_is_told_and_the_model_saved(log, model, tokenizer,
+                                                                    monkeypatch, capsys):
+    for background in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(States, "save", lambda *args: fail(FULL))
+            save(log, model, tokenizer, "think", 3, Thinking(6, 2), background)
+            log.wait()
+        assert capsys.readouterr().err == ("warning: the state of update 3 could not be saved (No "
+                                           "space left on device); the run goes on\n")
+        assert log.saved == (log.folder / "checkpoint", 3) and not log.states.folders()
+        assert log.how_to_go_on == f": go on with --model_path {log.folder / 'checkpoint'}"
+
+
+def test_a_defect_of_the_background_is_no_secret(log, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(States, "save", lambda *args: fail(ValueError("a defect")))
+    save(log, model, tokenizer, "think", 3, Thinking(6, 2), background=True)
+    with pytest.raises(ValueError, match="a defect"):
+        log.wait()
+
+
+def test_rows_are_on_the_disk_before_the_state_that_counts_them(log, model, tokenizer, monkeypatch):
+    log.write("think", 1, gain=0.5)
+    size, write, seen = log.folder.joinpath("metrics.jsonl").stat().st_size, States.save, []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda n: seen.append(n) or fsync(n))
+    monkeypatch.setattr(States, "save", lambda self, tensors, at, info: (
+        seen.append(info["metrics"]) or write(self, tensors, at, info)))
+    save(log, model, tokenizer, "think", 1, Thinking(6, 2))
+    assert seen[:2] == [log.metrics.fileno(), size]
 
 
 def test_whatever_ends_a_run_says_what_is_kept(log):
