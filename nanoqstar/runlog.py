@@ -166,7 +166,8 @@ class RunLog:
         self.states.folder.mkdir(exist_ok=True)
         if not self.states.folders():
             write_json(folder / "config.json", config)
-        self.metrics = open(folder / "metrics.jsonl", "a")  # noqa: SIM115
+        self.unwritten = b""  # of metrics.jsonl, on a full disk: later, or never
+        self.metrics = open(folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
 
     def go_on(self, state: Path, info: Mapping[str, Any]) -> None:
         """From a state: what was logged and saved after it never was."""
@@ -184,14 +185,18 @@ class RunLog:
         self.guard(f"{kind} {step} could not be logged", self.write_row, kind, step, values)
 
     def write_row(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self.metrics.flush()
+        self.unwritten += json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n"
+        self.write_rows()
         if self.wandb:
             try:
                 self.wandb.log({f"{kind}/{k}": v for k, v in values.items()},
                                step=self.pretrained + step)
             except Exception as error:  # W&B has many
                 raise OSError(f"W&B: {error}") from error
+
+    def write_rows(self) -> None:
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.metrics.write(self.unwritten):]
 
     def start_clock(self, step: int) -> None:
         self.clock = step, time.perf_counter()
@@ -277,7 +282,7 @@ class RunLog:
 
     def sync_metrics(self, known: dict[str, Any]) -> None:
         """Notes how long metrics.jsonl is, when that is on the disk."""
-        self.metrics.flush()
+        self.write_rows()
         os.fsync(self.metrics.fileno())
         known["metrics"] = os.path.getsize(self.metrics.name)
 

@@ -158,6 +158,21 @@ def test_rows_are_there_when_they_are_written(log, tmp_path):
         {"kind": "eval", "step": 3, "gain": 0.5}, {"kind": "end", "step": 4, "seconds": 1}]
 
 
+def test_rows_that_found_no_room_are_written_when_there_is_some(log, tmp_path, monkeypatch, capsys):
+    """Each once and whole, however much a full disk took of it."""
+    file, taken = log.metrics, iter([b"x" * 5, FULL, b"", b"x" * 9, FULL])
+
+    def write(data):
+        part = next(taken, data)
+        return fail(part) if part is FULL else file.write(data[:len(part)])
+    log.metrics = types.SimpleNamespace(write=write)
+    for step in range(4):
+        log.write("think", step, text="y" * 9000)
+    found = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], len(row["text"])) for row in found] == [(n, 9000) for n in range(4)]
+    assert capsys.readouterr().err.count("could not be logged (No space left on device)") == 2
+
+
 def test_speed_is_that_since_the_last_row(log, tmp_path, clock, capsys):
     log.peak = 6e12
     log.start_clock(10)

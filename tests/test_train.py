@@ -791,7 +791,7 @@ def test_a_model_that_an_update_has_broken_is_not_saved(tmp_path, monkeypatch, c
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capsys):
-    full = types.SimpleNamespace(write=lambda text: len(text), flush=raises(FULL))
+    full = types.SimpleNamespace(write=lambda row: raises(FULL)())
     init = RunLog.__init__
 
     def broken(self, *args):
