@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from nanoqstar import InputError
 from nanoqstar.files import read_json, sync, write_json
@@ -109,9 +109,10 @@ def free_memory() -> float:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
         group = Path("/sys/fs/cgroup")
-        with suppress(OSError, ValueError):  # no limit, or "max"
+        with suppress(OSError, ValueError, KeyError):  # no limit, or "max"
+            cached = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
             free = min(free, int((group / "memory.max").read_text())
-                       - int((group / "memory.current").read_text()))
+                       - int((group / "memory.current").read_text()) + int(cached["inactive_file"]))
         return free
     return math.inf
 
@@ -158,12 +159,16 @@ def sum_of(value: Mapping[str, Any]) -> str:
 
 def read_info(folder: Path) -> dict[str, Any]:
     """What state.json says, its `progress` as Progress; InputError where it is not as written."""
-    info = read_json(folder / "state.json")
+    file = folder / "state.json"
+    info = read_json(file)
     if info.pop("sha256", None) != sum_of(info) or info.get("format") != FORMAT:
-        raise InputError(f"{folder / 'state.json'} is damaged, or of another version")
-    if not all(re.fullmatch(r"rank-\d{5}\.safetensors", name) for name in info["files"]):
-        raise InputError(f"{folder / 'state.json'} names files that are no state's")
-    return info | {"progress": Progress(**info["progress"])}
+        raise InputError(f"{file} is damaged, or of another version")
+    try:
+        if all(re.fullmatch(r"rank-\d{5}\.safetensors", name) for name in info["files"]):
+            return info | {"progress": Progress(**info["progress"])}
+    except (KeyError, TypeError):
+        pass
+    raise InputError(f"{file} is not as this version writes it, or names files that are no state's")
 
 
 def check_sums(folder: Path, info: Mapping[str, Any]) -> None:
@@ -192,7 +197,10 @@ def load(folder: Path, info: Mapping[str, Any], model: torch.nn.Module,
 
     Raises InputError where it is not of this model.
     """
-    files = [safe_open(folder / name, "pt") for name in info["files"]]
+    try:
+        files = [safe_open(folder / name, "pt") for name in info["files"]]
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder} cannot be read ({error})") from None
     where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
     learning = {p for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.state_dict(keep_vars=True).items():

@@ -152,16 +152,26 @@ def test_a_damaged_state_does_not_count(states, name, change):
         states.newest(said.append)
 
 
-def test_files_elsewhere_are_not_read(states):
-    """Not even where the sums are right."""
+@pytest.mark.parametrize("change", [
+    {"files": {"../../secret": {"bytes": 1, "sha256": "x"}}}, {"files": 7}, {"progress": {"a": 1}},
+    {"progress": None}])
+def test_a_forged_state_is_refused(states, change):
+    """Files elsewhere are not read, nor words of another version; the sum is right, here."""
     saved(states)
     folder, = states.folders()
-    info = json.loads((folder / "state.json").read_text())
+    info = json.loads((folder / "state.json").read_text()) | change
     del info["sha256"]
-    info["files"] = {"../../secret": {"bytes": 1, "sha256": "x"}}
     (folder / "state.json").write_text(json.dumps(info | {"sha256": state.sum_of(info)}))
     with pytest.raises(InputError, match="names files that are no state's"):
         read(folder)
+
+
+def test_tensors_that_are_none_are_refused(states):
+    saved(states)
+    folder, info = read(states.folders()[0])
+    (folder / "rank-00000.safetensors").write_bytes(b"junk" * 9)
+    with pytest.raises(InputError, match="cannot be read"):
+        load(folder, info, *trained(updates=0))
 
 
 @pytest.mark.parametrize("place", ["write_tensors", "write_json", "sync", "prune"])

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -585,6 +586,19 @@ def test_an_update_cut_in_the_middle_is_no_state(tmp_path, monkeypatch, capsys, 
     assert learned(tmp_path / "x") == learned(tmp_path / "y")
 
 
+def test_a_run_that_is_killed_goes_on(straight, tmp_path):
+    """Once, as soon as there is a state; `python tests/kill.py` does it thirty times."""
+    out = tmp_path / "x"
+    command = [sys.executable, "train.py", *options(out_dir=str(out), **RESUMED)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as child:
+        while child.poll() is None and not any((out / "state").glob("step-*[0-9]")):
+            time.sleep(0.001)
+        child.kill()
+    assert child.returncode == -signal.SIGKILL and (out / ".lock").exists()
+    assert start(out, resume="auto", **RESUMED) == 0
+    assert learned(out) == learned(straight)
+
+
 def test_want_of_memory_names_the_state(tmp_path, monkeypatch, capsys):
     before_call(monkeypatch, script, "train_step", 5, raises(torch.OutOfMemoryError("CUDA")))
     assert start(tmp_path / "x") == 2
@@ -1013,8 +1027,15 @@ def test_checkpointing_keeps_less_and_changes_nothing(tmp_path, monkeypatch, com
 
 
 def test_a_checkpointed_model_is_saved_under_its_own_names(tmp_path, run):
+    """Its state as well, whose end a plain run can come to."""
     assert start(tmp_path / "x", checkpointing=1.0, eval_every=1) == 0
-    for name in ("model", "quietstar"):
+    states = [load_file(out / "state" / "step-000005" / "rank-00000.safetensors")
+              for out in (tmp_path / "x", run[0])]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.allclose(states[0][n], x, atol=1e-5) for n, x in states[1].items())
+    assert script.main(["--resume", str(tmp_path / "x" / "state" / "step-000004"), "--force",
+                        "--checkpointing", "0"]) == 0
+    for name in ("model", "quietstar"):  # the last update of a plain run
         ours, plain = (load_file(out / "checkpoint" / f"{name}.safetensors")
                        for out in (tmp_path / "x", run[0]))
         assert ours.keys() == plain.keys()
