@@ -567,7 +567,7 @@ def test_auto_begins_anew_what_was_killed_before_its_first_save(straight, tmp_pa
     assert "data.partial" not in os.listdir(out)
 
 
-def test_an_update_cut_in_the_middle_is_no_state(tmp_path, monkeypatch, capsys, at_once):
+def test_an_update_cut_in_the_middle_is_no_state(tmp_path, monkeypatch):
     """Some parameters have had it and others not: the model is kept for what it is worth, and the
     run goes on from the state before."""
     step, calls = torch.optim.AdamW.step, itertools.count(1)
@@ -579,10 +579,11 @@ def test_an_update_cut_in_the_middle_is_no_state(tmp_path, monkeypatch, capsys, 
         return step(self, *args)
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", cut)
-        assert start(tmp_path / "x", save_every=1, max_steps=4) == 130
+        assert start(tmp_path / "x", max_steps=4) == 130
     assert saved_step(tmp_path / "x" / "checkpoint") == 2
+    assert os.listdir(tmp_path / "x" / "state") == ["step-000003"]  # pre-training's
     assert script.main(["--resume", str(tmp_path / "x")]) == 0
-    assert start(tmp_path / "y", save_every=1, max_steps=4) == 0
+    assert start(tmp_path / "y", max_steps=4) == 0
     assert learned(tmp_path / "x") == learned(tmp_path / "y")
 
 
