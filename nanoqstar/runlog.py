@@ -252,13 +252,14 @@ class RunLog:
         failure = f"the state of update {at.update} could not be saved"
         known: dict[str, Any] = {}
         tensors = dict(model.state_dict(keep_vars=True))
-        if optimizer and self.guard(failure, self.sync_metrics, known):
+        if optimizer and self.guard(failure, self.write_rows):
             tensors = named_tensors(model, optimizer)
-            known |= {**info, "config": self.config, "adam_step": adam_steps(model, optimizer)}
+            known = {**info, "config": self.config, "adam_step": adam_steps(model, optimizer),
+                     "metrics": os.path.getsize(self.metrics.name)}
         copies = in_host_memory(tensors) if background else None
 
         def save_both(tensors: Mapping[str, torch.Tensor], at: Progress) -> None:
-            if known and self.guard(failure, self.states.save, tensors, at, known):
+            if known and self.guard(failure, self.save_state, tensors, at, known):
                 self.saved = self.states.path(at), at.update
             first = at.phase == "pretrain"
             folder = self.folder / ("base" if first else "checkpoint")
@@ -280,11 +281,10 @@ class RunLog:
             self.saving.result()
             self.saving = None
 
-    def sync_metrics(self, known: dict[str, Any]) -> None:
-        """Notes how long metrics.jsonl is, when that is on the disk."""
-        self.write_rows()
-        os.fsync(self.metrics.fileno())
-        known["metrics"] = os.path.getsize(self.metrics.name)
+    def save_state(self, tensors: Mapping[str, torch.Tensor], at: Progress, known: dict[str, Any]
+                   ) -> None:
+        os.fsync(self.metrics.fileno())  # the rows that it counts
+        self.states.save(tensors, at, known)
 
     @property
     def kept(self) -> str:

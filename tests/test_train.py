@@ -281,6 +281,9 @@ def test_wandb_counts_every_step_once(tmp_path, monkeypatch):
     assert inits[0]["project"] == "nanoqstar" and inits[0]["config"]["wandb"] is True
     assert steps == [(1, ["pretrain"]), (2, ["pretrain"]), (3, ["pretrain"]), (3, ["eval"]),
                      (4, ["think"]), (5, ["think"]), (5, ["eval"]), (5, ["end"])]
+    steps.clear()
+    assert script.main(["--resume", str(tmp_path / "x")]) == 0
+    assert steps == [(5, ["eval"]), (5, ["end"])]
 
 
 # ---- a run goes on
