@@ -28,9 +28,9 @@ from safetensors.torch import load_file  # noqa: E402
 from nanoqstar import InputError  # noqa: E402
 from nanoqstar.state import States  # noqa: E402
 
-SIZES = dict(hidden_size=64, intermediate_size=192, pretrain_steps=150, pretrain_batch_size=4,
-             fold_tokens=300000, max_length=20, batch_size=2, grad_accum=2, eval_windows=4,
-             max_steps=100, eval_every=8, save_every=3, log_every=2, threads=1)
+SIZES = dict(hidden_size=64, intermediate_size=192, pretrain_steps=400, pretrain_batch_size=4,
+             fold_tokens=3_000_000, max_length=20, batch_size=2, grad_accum=2, eval_windows=4,
+             max_steps=250, eval_every=8, save_every=3, log_every=2, threads=1)
 ROOM = 16 << 20  # bytes of the tmpfs
 CLOCK = ("seconds", "tokens_per_second", "tflops")
 
@@ -123,7 +123,7 @@ def live(disk: Disk, out: Path, log: Path, rng: random.Random, seconds: float, d
         late = time.monotonic() - begun - after
         if deadly and late > 0:
             where = moment(out, log.read_text())
-            if wanted in ("any", where) or late > seconds / 2:
+            if wanted in ("any", where) or late > seconds:
                 child.kill()
                 break
     return child.wait(), where
