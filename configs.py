@@ -10,6 +10,8 @@ from nanoqstar.cli import When, check, nearest, setting
 NEW_MODEL = When("a new model (model_path none)", lambda c: c.model_path is None)
 FOLD = When("the embedded corpus (data fold)", lambda c: c.data == "fold")
 THOUGHTS = When("thoughts (n_ahead above 0)", lambda c: c.n_ahead > 0)
+RESUMED = When("resume", lambda c: c.resume is not None)
+NEW_RUN = When("a new run, or resume auto", lambda c: c.resume in (None, "auto"))
 DATASET = When("a Hugging Face dataset (input none)", lambda c: c.input is None)
 Device = Literal["auto", "cuda", "mps", "cpu"]
 AUTO = "auto: the first of cuda, mps, cpu there is"
@@ -29,7 +31,13 @@ class TrainConfig:
                         at_least=1)
     out_dir: str | None = setting(
         None, "where the run is kept; none: out/PRESET, or out/PRESET-2 .. if that is taken",
-        at_least=1)
+        at_least=1, when=NEW_RUN)
+    resume: str | None = setting(
+        None, "go on bit for bit: a run's folder, or one of the states in it, with the run's own "
+        "settings where none are given; auto: this command's own folder (out/PRESET, if out_dir is "
+        "none), where it holds a state, else start it", at_least=1)
+    force: bool = setting(False, "go on although settings differ that change what is learned",
+                          when=RESUMED)
     seed: int = setting(0, "of data order, thoughts and new weights", at_least=0, below=2**63)
     device: Device = setting("auto", AUTO)
     threads: int | None = setting(None, "CPU threads; none: a core each, two at most for a small "
@@ -97,6 +105,12 @@ class TrainConfig:
     grad_clip: float = setting(1.0, "largest gradient norm; unlike the official code's, it counts "
                                "start and end embedding at their own scale (official: 1)", above=0)
 
+    skip_spikes: bool = setting(False, "leave out an update whose gradient norm lies over the mean "
+                                "plus 6 sigma of the 128 before it")
+    max_base_rise: float | None = setting(
+        0.5, "the run ends where the base's NLL on val has risen by more, nats; none: never",
+        above=0)
+
     # ---- pre-training of a new model
     hidden_size: int = setting(96, "width of a new model", at_least=2, when=NEW_MODEL)
     intermediate_size: int = setting(288, "inner width of its SwiGLU", at_least=1, when=NEW_MODEL)
@@ -132,9 +146,13 @@ class TrainConfig:
         10, "updates between lines in the log and in metrics.jsonl", at_least=1)
     eval_every: int = setting(500, "updates between evaluations on val", at_least=1)
     eval_windows: int = setting(16, "val windows of an evaluation", at_least=1, at_most=10**6)
-    save_every: int = setting(1000, "updates between checkpoints; one is kept, and one is always "
-                              "written at the end, or when Ctrl-C or SIGTERM ends the run",
-                              at_least=1)
+    save_every: int = setting(1000, "updates between saves (a state, and the model for others); "
+                              "one is always written at the end, or when Ctrl-C or SIGTERM ends "
+                              "the run", at_least=1)
+    keep: int = setting(2, "states kept, the newest, besides the best on val; one takes three "
+                        "times the fp32 model", at_least=1)
+    save_dtype: Literal["fp32", "bf16"] = setting(
+        "fp32", "of the model that others load; states are exact all the same")
     wandb: bool = setting(False, "log to Weights & Biases as well (pip install -e '.[wandb]')")
 
     def __post_init__(self) -> None:
@@ -155,6 +173,22 @@ class TrainConfig:
         if self.normalize_advantage and self.grad_accum > 1:
             raise InputError("normalize_advantage takes each forward by itself: set grad_accum 1 "
                              "and a larger batch_size")
+
+
+# what a resumed run may change without --force: nothing that is learned depends on it
+HARMLESS = {"max_base_rise", "log_every", "eval_every", "save_every", "keep", "save_dtype", "wandb"}
+
+
+def changes(before: TrainConfig, now: TrainConfig) -> tuple[list[str], list[str]]:
+    """What a resumed run does otherwise, in words: (the harmless, what needs --force)."""
+    harmless = HARMLESS | (
+        {"max_steps"} if now.schedule == before.schedule == "constant" else set())
+    told: tuple[list[str], list[str]] = ([], [])
+    for name in TrainConfig.__dataclass_fields__:
+        old, new = getattr(before, name), getattr(now, name)
+        if old != new and name not in ("out_dir", "resume", "force"):
+            told[name not in harmless].append(f"{name} {old} -> {new}")
+    return told
 
 
 @dataclass(frozen=True)
@@ -224,6 +258,14 @@ def load_config(name: str) -> tuple[str, TrainConfig]:
         if key not in known:
             raise InputError(f"{path}: unknown key {key!r}{nearest(key, known)}")
     return path.resolve().parent.name, TrainConfig(**saved)
+
+
+def run_of(resume: str) -> Path:
+    """The folder of the run that `resume` names, or one of whose states it names."""
+    folder = Path(resume).parents[1] if Path(resume).parent.name == "state" else Path(resume)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"there is no run in {folder} to resume (no config.json)")
+    return folder
 
 
 def list_presets() -> str:

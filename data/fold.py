@@ -19,6 +19,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from data.writer import write_dataset
 from nanoqstar.evaluate import Report, Row, TextScores
@@ -351,3 +353,39 @@ def example(operands: int, operations: int, seed: int) -> tuple[str, str]:
     prompt = example_prompt(operands, operations, seed)
     answer = solve(prompt[:-1], latin_squares(seed, operations))[-1]
     return f" --prompt '{prompt}' --temperature 0 --max_new_tokens {len(prompt) + 3}", answer
+
+
+# ---- all of it, for a run
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The corpus of these settings (`blocks`'), with all that it adds to a run."""
+
+    seed: int
+    operands: int
+    operations: int
+    ordinary: float
+    worked: float
+    restated: float
+    choices = CHOICES
+
+    @classmethod
+    def of(cls, cfg: Any) -> "Corpus | None":
+        """Of train.py's settings; None where they name prepared data."""
+        return cls(cfg.seed, cfg.fold_operands, cfg.fold_operations, cfg.fold_ordinary_frac,
+                   cfg.fold_worked_frac, cfg.fold_restated_frac) if cfg.data == "fold" else None
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_str(tokenizer_json(vocabulary(self.operations, self.ordinary)))
+
+    def prepare(self, folder: Path, n_train: int, n_val: int) -> None:
+        prepare(folder, n_train=n_train, n_val=n_val, **asdict(self))
+
+    def add_answers(self, report: Report, scores: TextScores, model: QuietStar, final: bool
+                    ) -> None:
+        add_answers(report, scores, model, final, seed=self.seed, operands=self.operands,
+                    operations=self.operations)
+
+    def example(self) -> tuple[str, str]:
+        return example(self.operands, self.operations, self.seed)

@@ -254,6 +254,7 @@ def run(table: TableConfig, overrides: list[str]) -> None:
     if table.data:
         common["data"] = table.data
         overrides = [*overrides, "--data", table.data]
+    common = {"max_base_rise": None} | common  # a base that is ruined is a result
     matched = str(matched_steps(replace(preset, **common)))
     settings = {row: cli.parse(TrainConfig, text.replace("MATCHED", matched).split())
                 for row, text in rows.items()}

@@ -1,12 +1,14 @@
-"""A run's folder and what is said of it: config.json, metrics.jsonl; signals that end a run."""
+"""A run's folder: config.json, metrics.jsonl, what is saved and said; signals that end a run."""
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -21,7 +23,10 @@ from nanoqstar import InputError, hf
 from nanoqstar.cli import OUT_OF_MEMORY, Interrupted, is_out_of_memory
 from nanoqstar.files import LOCK, lock, write_json
 from nanoqstar.quietstar import QuietStar
+from nanoqstar.qwen2 import Qwen2
+from nanoqstar.state import Progress, States, adam_steps, in_host_memory, named_tensors
 
+MADE = ("config.json", "config.json.new", "metrics.jsonl", "data", "data.partial")  # by a start
 SILENCE = 5.0  # seconds after which a line of pre-training is shown
 
 
@@ -71,11 +76,18 @@ class Signals:
 
 
 @contextmanager
-def run_folder(out_dir: str | None, name: str) -> Iterator[Path]:
+def run_folder(out_dir: str | None, name: str, resume: str | None = None) -> Iterator[Path]:
     """The run's folder, made now and held by this process; never one that holds anything already.
 
     A start that fails leaves nothing behind: what was made is removed where nothing was learned.
+    resume: the folder of a run, which goes on there, or 'auto': `out_dir`, else out/NAME, where
+    that holds a state; what a start was killed in, before it had saved any, is made anew.
     """
+    if resume == "auto":
+        out_dir = str(Path("out") / name) if out_dir is None else out_dir
+    elif resume is not None and not States(Path(out_dir := resume) / "state", 1).folders():
+        raise InputError(f"{resume} holds no state to go on from: name the folder of a run that "
+                         "has saved one")
     with ExitStack() as held:
         for n in count(1):
             out = Path("out") / (name if n == 1 else f"{name}-{n}") if out_dir is None else Path(
@@ -89,6 +101,11 @@ def run_folder(out_dir: str | None, name: str) -> Iterator[Path]:
             except InputError:
                 if out_dir is not None:
                     raise  # else another run has just taken it
+        if resume and (out / "state").is_dir():  # made first of all
+            if not States(out / "state", 1).folders():
+                remove(out / name for name in MADE)
+            yield out
+            return
         if any(p.name != LOCK for p in out.iterdir()):
             raise InputError(f"{out} already holds a run or other files: choose another "
                              "--out_dir, or delete it")
@@ -102,14 +119,18 @@ def run_folder(out_dir: str | None, name: str) -> Iterator[Path]:
 
 def remove_made(out: Path, missing: list[Path]) -> None:
     """Empties a folder that was empty, and removes those that were missing before."""
-    for path in out.iterdir():
+    remove(out.iterdir())
+    for folder in missing:
+        with suppress(OSError):  # somebody else's by now
+            folder.rmdir()
+
+
+def remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    for folder in missing:
-        with suppress(OSError):  # somebody else's by now
-            folder.rmdir()
 
 
 def has_learned(out: Path) -> bool:
@@ -117,6 +138,7 @@ def has_learned(out: Path) -> bool:
     metrics = out / "metrics.jsonl"
     rows = metrics.read_text().splitlines() if metrics.exists() else []
     return ((out / "base").exists() or (out / "checkpoint").exists()
+            or bool(States(out / "state", 1).folders())
             or any('"kind": "eval"' not in row for row in rows))
 
 
@@ -132,28 +154,49 @@ class RunLog:
     """Writes metrics and says lines; nothing that fails here ends a run."""
 
     def __init__(self, folder: Path, config: dict[str, Any], wandb: Any = None,
-                 peak: float | None = None) -> None:
-        """config: the run's settings, kept with it. peak: FLOP/s of the device, where known."""
+                 peak: float | None = None, keep: int = 2) -> None:
+        """config: the run's settings, kept with it. peak: FLOP/s of the device, where known.
+        keep: so many states. A run that goes on writes nothing here before `go_on`."""
         self.folder, self.config, self.wandb, self.peak = folder, config, wandb, peak
         self.pretrained = 0  # updates
-        self.saved: tuple[Path, int] | None = None  # the newest checkpoint, and its update
+        self.saved: tuple[Path, int] | None = None  # the newest of what is saved, and its update
+        self.saving: Future | None = None
+        self.states = States(folder / "state", keep)
         self.start = self.said = time.perf_counter()
-        write_json(folder / "config.json", config)
-        self.metrics = open(folder / "metrics.jsonl", "w")  # noqa: SIM115
+        self.states.folder.mkdir(exist_ok=True)
+        if not self.states.folders():
+            write_json(folder / "config.json", config)
+        self.unwritten = b""  # of metrics.jsonl, on a full disk: later, or never
+        self.metrics = open(folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
+
+    def go_on(self, state: Path, info: Mapping[str, Any]) -> None:
+        """From a state: what was logged and saved after it never was."""
+        write_json(self.folder / "config.json", self.config)
+        newer = self.states.folders()
+        self.states.remove(newer[newer.index(state) + 1:])
+        if os.path.getsize(self.metrics.name) < info["metrics"]:
+            write(f"warning: {self.metrics.name} lacks rows that were in it", sys.stderr)
+        else:
+            os.truncate(self.metrics.name, info["metrics"])
+        self.saved = state, info["progress"].update
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """A row of metrics.jsonl; W&B counts on from pre-training."""
         self.guard(f"{kind} {step} could not be logged", self.write_row, kind, step, values)
 
     def write_row(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self.metrics.flush()
+        self.unwritten += json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n"
+        self.write_rows()
         if self.wandb:
             try:
                 self.wandb.log({f"{kind}/{k}": v for k, v in values.items()},
                                step=self.pretrained + step)
             except Exception as error:  # W&B has many
                 raise OSError(f"W&B: {error}") from error
+
+    def write_rows(self) -> None:
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.metrics.write(self.unwritten):]
 
     def start_clock(self, step: int) -> None:
         self.clock = step, time.perf_counter()
@@ -188,25 +231,75 @@ class RunLog:
         parts += [f"skipped {values['skipped']:.0f}"] if values["skipped"] else []
         self.say("  ".join(parts), unless_recent=phase == "pretrain")
 
-    def save(self, phase: str, step: int, model: QuietStar, tokenizer: Tokenizer,
-             thinking: hf.Thinking | None, source: Path | None) -> None:
-        """Into base/ (pre-training) or checkpoint/; what went wrong is said, and the run goes on
-        with what was saved before."""
-        first = phase == "pretrain"
-        folder = self.folder / ("base" if first else "checkpoint")
+    def save(self, at: Progress, model: QuietStar, optimizer: torch.optim.Optimizer | None,
+             tokenizer: Tokenizer, thinking: hf.Thinking | None, source: Path | None,
+             info: Mapping[str, Any], background: bool = False) -> None:
+        """The state, where there is an optimizer; and the model for others, into base/
+        (pre-training) or checkpoint/. What went wrong is said, and the run goes on with what was
+        saved before.
+
+        info: what goes into state.json besides. background: only the copy into host memory is
+        waited for, if it fits; nothing is saved as long as the save before is not done.
+        """
+        if background and self.saving and not self.saving.done():
+            self.say(f"update {at.update} is not saved: the save before it is still being written")
+            return
+        self.wait()
         if not all(p.isfinite().all() for p in model.parameters()):
-            write(f"warning: update {step} is not saved: its weights are not finite", sys.stderr)
-        elif self.guard(f"update {step} could not be saved", hf.save, folder, model, tokenizer,
-                        thinking=thinking, step=0 if first else step, config=self.config,
-                        source=source):
-            self.saved = folder, step
+            write(f"warning: update {at.update} is not saved: its weights are not finite",
+                  sys.stderr)
+            return
+        failure = f"the state of update {at.update} could not be saved"
+        known: dict[str, Any] = {}
+        tensors = dict(model.state_dict(keep_vars=True))
+        if optimizer and self.guard(failure, self.write_rows):
+            tensors = named_tensors(model, optimizer)
+            known = {**info, "config": self.config, "adam_step": adam_steps(model, optimizer),
+                     "metrics": os.path.getsize(self.metrics.name)}
+        copies = in_host_memory(tensors) if background else None
+
+        def save_both(tensors: Mapping[str, torch.Tensor], at: Progress) -> None:
+            if known and self.guard(failure, self.save_state, tensors, at, known):
+                self.saved = self.states.path(at), at.update
+            first = at.phase == "pretrain"
+            folder = self.folder / ("base" if first else "checkpoint")
+            if self.guard(f"update {at.update} could not be saved", hf.save, folder,
+                          stand_in(model, tensors, self.config.get("save_dtype")), tokenizer,
+                          thinking=thinking, step=0 if first else at.update, config=self.config,
+                          source=source):
+                self.saved = folder, at.update
+
+        thread = ThreadPoolExecutor(1)
+        self.saving = thread.submit(save_both, copies or tensors, dataclasses.replace(at))
+        thread.shutdown(wait=False)
+        if copies is None:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being saved."""
+        if self.saving:
+            self.saving.result()
+            self.saving = None
+
+    def save_state(self, tensors: Mapping[str, torch.Tensor], at: Progress, known: dict[str, Any]
+                   ) -> None:
+        os.fsync(self.metrics.fileno())  # the rows that it counts
+        self.states.save(tensors, at, known)
 
     @property
     def kept(self) -> str:
         """What a run that ends now leaves, in words."""
+        self.wait()
         if self.saved is None:
             return "nothing is saved"
         return f"update {self.saved[1]} is saved in {self.saved[0]}"
+
+    @property
+    def how_to_go_on(self) -> str:
+        if self.saved is None:
+            return ""
+        return ": go on with " + (f"--resume {self.folder}" if self.states.folders() else
+                                  f"--model_path {self.saved[0]}")
 
     @contextmanager
     def saying_what_is_kept(self) -> Iterator[None]:
@@ -214,12 +307,11 @@ class RunLog:
         try:
             yield
         except Interrupted as end:
-            on = f": go on with --model_path {self.saved[0]}" if self.saved else ""
-            raise Interrupted(end.number, f"{end}; {self.kept}{on}") from None
+            raise Interrupted(end.number, f"{end}; {self.kept}{self.how_to_go_on}") from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise InputError(f"{OUT_OF_MEMORY}; {self.kept}") from None
+            raise InputError(f"{OUT_OF_MEMORY}; {self.kept}{self.how_to_go_on}") from None
 
     def say(self, line: str, unless_recent: bool = False) -> None:
         """unless_recent: only where nothing has been said for some seconds."""
@@ -246,6 +338,17 @@ class RunLog:
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.start
+
+
+def stand_in(model: QuietStar, tensors: Mapping[str, torch.Tensor], dtype: str | None) -> QuietStar:
+    """A model of these tensors, the language model's as bf16 where that is the dtype wanted."""
+    with torch.device("meta"):
+        copy = QuietStar(Qwen2(model.lm.config), model.thought_temperature)
+    copy.load_state_dict({name: x.detach() for name, x in tensors.items() if "@" not in name},
+                         assign=True)
+    if dtype == "bf16":
+        copy.lm.bfloat16()
+    return copy
 
 
 def write(line: str, stream: TextIO) -> None:

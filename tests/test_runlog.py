@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
 from nanoqstar import InputError, files, runlog
 from nanoqstar.cli import Interrupted
 from nanoqstar.hf import Thinking, load_thinker
 from nanoqstar.runlog import RunLog, Signals, run_folder, start_wandb
+from nanoqstar.state import Progress, States
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 STATS = {"nll_base": 1.5, "grad_norm": 0.5, "learning_rate": 1e-3, "skipped": 0}
@@ -156,6 +158,21 @@ def test_rows_are_there_when_they_are_written(log, tmp_path):
         {"kind": "eval", "step": 3, "gain": 0.5}, {"kind": "end", "step": 4, "seconds": 1}]
 
 
+def test_rows_that_found_no_room_are_written_when_there_is_some(log, tmp_path, monkeypatch, capsys):
+    """Each once and whole, however much a full disk took of it."""
+    file, taken = log.metrics, iter([b"x" * 5, FULL, b"", b"x" * 9, FULL])
+
+    def write(data):
+        part = next(taken, data)
+        return fail(part) if part is FULL else file.write(data[:len(part)])
+    log.metrics = types.SimpleNamespace(write=write)
+    for step in range(4):
+        log.write("think", step, text="y" * 9000)
+    found = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], len(row["text"])) for row in found] == [(n, 9000) for n in range(4)]
+    assert capsys.readouterr().err.count("could not be logged (No space left on device)") == 2
+
+
 def test_speed_is_that_since_the_last_row(log, tmp_path, clock, capsys):
     log.peak = 6e12
     log.start_clock(10)
@@ -254,25 +271,90 @@ def test_what_was_there_before_a_failed_start_stays(tmp_path):
     assert os.listdir(tmp_path / "mine") == []
 
 
+def save(log, model, tokenizer, phase, update, thinking=None, background=False):
+    optimizer = torch.optim.AdamW(model.parameters())
+    log.save(Progress(phase, update, 7 * (phase == "think")), model, optimizer, tokenizer, thinking,
+             None, {"data": "", "made_by": ""}, background)
+
+
 def test_saved_is_what_can_be_loaded(log, model, tokenizer):
-    assert log.kept == "nothing is saved"
-    log.save("pretrain", 7, model, tokenizer, None, None)
+    assert log.kept == "nothing is saved" and log.how_to_go_on == ""
+    save(log, model, tokenizer, "pretrain", 7)
     assert log.kept == f"update 7 is saved in {log.folder / 'base'}"
-    log.save("think", 3, model, tokenizer, Thinking(6, 2, 0.5), None)
+    assert log.how_to_go_on == f": go on with --resume {log.folder}"
+    save(log, model, tokenizer, "think", 3, Thinking(6, 2, 0.5))
     assert log.saved == (log.folder / "checkpoint", 3)
+    assert [x.name for x in log.states.folders()] == ["step-000007", "step-000010"]
     for name, step, thinking in (("base", 0, Thinking()), ("checkpoint", 3, Thinking(6, 2, 0.5))):
         _, _, settings = load_thinker(log.folder / name)
         assert (settings.step, settings.thinking, settings.config) == (step, thinking, {"seed": 0})
 
 
 def test_a_broken_model_does_not_replace_a_good_one(log, model, tokenizer, capsys):
-    log.save("think", 3, model, tokenizer, Thinking(6, 2), None)
+    save(log, model, tokenizer, "think", 3, Thinking(6, 2))
     with torch.no_grad():
         model.lm.head_weight[0, 0] = float("inf")
-    log.save("think", 4, model, tokenizer, Thinking(6, 2), None)
+    save(log, model, tokenizer, "think", 4, Thinking(6, 2))
+    assert [x.name for x in log.states.folders()] == ["step-000010"]
     assert load_thinker(log.folder)[2].step == 3 and log.saved == (log.folder / "checkpoint", 3)
     assert capsys.readouterr().err == (
         "warning: update 4 is not saved: its weights are not finite\n")
+
+
+def test_training_goes_on_while_a_copy_is_written(log, model, tokenizer, monkeypatch, capsys):
+    """What changes meanwhile is not in it; and no second save waits for the first."""
+    write, may_write, before = States.save, threading.Event(), model.end_embedding.detach().clone()
+
+    def slow(*args):
+        assert may_write.wait(20)
+        write(*args)
+    monkeypatch.setattr(States, "save", slow)
+    save(log, model, tokenizer, "think", 1, Thinking(6, 2), background=True)
+    torch.nn.init.ones_(model.end_embedding)
+    save(log, model, tokenizer, "think", 2, Thinking(6, 2), background=True)
+    assert log.states.folders() == [] and log.saved is None
+    assert capsys.readouterr().out == (
+        "update 2 is not saved: the save before it is still being written\n")
+    may_write.set()
+    assert log.kept == f"update 1 is saved in {log.folder / 'checkpoint'}"  # it waits
+    folder, = log.states.folders()
+    for file in (folder / "rank-00000.safetensors", log.folder / "checkpoint" /
+                 "quietstar.safetensors"):
+        assert torch.equal(load_file(file)["end_embedding"], before)
+    save(log, model, tokenizer, "think", 3, Thinking(6, 2), background=True)
+    log.wait()
+    assert log.saved[1] == 3
+
+
+def test_a_state_that_cannot_be_written_is_told_and_the_model_saved(log, model, tokenizer,
+                                                                    monkeypatch, capsys):
+    for background in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(States, "save", lambda *args: fail(FULL))
+            save(log, model, tokenizer, "think", 3, Thinking(6, 2), background)
+            log.wait()
+        assert capsys.readouterr().err == ("warning: the state of update 3 could not be saved (No "
+                                           "space left on device); the run goes on\n")
+        assert log.saved == (log.folder / "checkpoint", 3) and not log.states.folders()
+        assert log.how_to_go_on == f": go on with --model_path {log.folder / 'checkpoint'}"
+
+
+def test_a_defect_of_the_background_is_no_secret(log, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(States, "save", lambda *args: fail(ValueError("a defect")))
+    save(log, model, tokenizer, "think", 3, Thinking(6, 2), background=True)
+    with pytest.raises(ValueError, match="a defect"):
+        log.wait()
+
+
+def test_rows_are_on_the_disk_before_the_state_that_counts_them(log, model, tokenizer, monkeypatch):
+    log.write("think", 1, gain=0.5)
+    size, write, seen = log.folder.joinpath("metrics.jsonl").stat().st_size, States.save, []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda n: seen.append(n) or fsync(n))
+    monkeypatch.setattr(States, "save", lambda self, tensors, at, info: (
+        seen.append(info["metrics"]) or write(self, tensors, at, info)))
+    save(log, model, tokenizer, "think", 1, Thinking(6, 2))
+    assert seen[:2] == [log.metrics.fileno(), size]
 
 
 def test_whatever_ends_a_run_says_what_is_kept(log):

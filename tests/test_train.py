@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -26,12 +27,14 @@ import train as script
 from configs import PRESETS, TrainConfig
 from data import fold
 from data.writer import write_dataset
-from nanoqstar import InputError, evaluate, files, hf, runlog
+from nanoqstar import InputError, evaluate, files, hf, runlog, state
 from nanoqstar.dataset import KINDS, PHASES, TokenDataset, stream
 from nanoqstar.device import speed_up
 from nanoqstar.objective import Objective, Valid, quiet_star_loss
 from nanoqstar.quietstar import QuietStar, uniforms
+from nanoqstar.run import Run
 from nanoqstar.runlog import RunLog, Signals
+from nanoqstar.state import States
 
 ROOT = Path(__file__).parents[1]
 TINY = PRESETS["tiny"].config
@@ -72,11 +75,16 @@ def saved_step(folder):
 FOLDERS = itertools.count()
 
 
+def prepared(folder, cfg):
+    return script.prepare(cfg, fold.Corpus.of(cfg), RunLog(folder, {}), Signals(),
+                          *script.check(cfg))
+
+
 def setup(tmp_path, **changes):
     """(a run that is prepared and whose mixing head is past zero, its optimizer)."""
     cfg, folder = small(**changes), tmp_path / f"run-{next(FOLDERS)}"
     folder.mkdir()
-    this = script.prepare(cfg, RunLog(folder, {}), Signals(), *script.check(cfg))
+    this = prepared(folder, cfg)
     torch.nn.init.normal_(this.model.mixing_head[4].weight,
                           generator=torch.Generator().manual_seed(0))
     return this, script.make_optimizer(this.model, cfg)
@@ -161,7 +169,7 @@ def test_a_run_leaves_what_it_promises(run):
     saved = TrainConfig(**json.loads((out / "config.json").read_text()))
     assert saved == small(eval_every=1, out_dir=str(out))
     assert sorted(p.name for p in out.iterdir()) == [
-        "base", "checkpoint", "config.json", "data", "metrics.jsonl"]  # no lock
+        "base", "checkpoint", "config.json", "data", "metrics.jsonl", "state"]  # no lock
     kinds = {p.suffix for p in out.rglob("*") if p.is_file()}  # .bin and .npy are the corpus
     assert kinds == {".json", ".jsonl", ".safetensors", ".bin", ".npy"}  # no pickle
     _, _, settings = hf.load_thinker(out)
@@ -273,6 +281,9 @@ def test_wandb_counts_every_step_once(tmp_path, monkeypatch):
     assert inits[0]["project"] == "nanoqstar" and inits[0]["config"]["wandb"] is True
     assert steps == [(1, ["pretrain"]), (2, ["pretrain"]), (3, ["pretrain"]), (3, ["eval"]),
                      (4, ["think"]), (5, ["think"]), (5, ["eval"]), (5, ["end"])]
+    steps.clear()
+    assert script.main(["--resume", str(tmp_path / "x")]) == 0
+    assert steps == [(5, ["eval"]), (5, ["end"])]
 
 
 # ---- a run goes on
@@ -326,7 +337,7 @@ def test_a_run_goes_on_from_an_earlier_one(run, tmp_path):
     out, _ = run
     cfg = small(model_path=str(out))
     (tmp_path / "x").mkdir()
-    this = script.prepare(cfg, RunLog(tmp_path / "x", {}), Signals(), *script.check(cfg))
+    this = prepared(tmp_path / "x", cfg)
     assert this.model.mixing_head[4].weight.abs().sum() > 0  # trained, and not wiped
     stored = hf.load_thinker(out)[0]
     for (name, p), q in zip(this.model.named_parameters(), stored.parameters(), strict=True):
@@ -367,7 +378,13 @@ def test_the_official_checkpoint_is_a_start(run, tmp_path):
         assert torch.allclose(p, q, atol=1e-5), name
 
 
-def test_checkpoints_are_written_every_so_many_updates(tmp_path, monkeypatch):
+@pytest.fixture
+def at_once(monkeypatch):
+    """Saves are waited for, as where host memory does not hold a copy: none is left out."""
+    monkeypatch.setattr(runlog, "in_host_memory", lambda tensors: None)
+
+
+def test_checkpoints_are_written_every_so_many_updates(tmp_path, monkeypatch, at_once):
     saves, save = [], hf.save
 
     def recording(folder, *args, step, **options):
@@ -380,6 +397,284 @@ def test_checkpoints_are_written_every_so_many_updates(tmp_path, monkeypatch):
     cfg = dataclasses.replace(this.cfg, n_ahead=0, save_every=2, max_steps=5)
     script.train(this, cfg, "pretrain")
     assert saves[4:] == [("base", 0, 0)] * 3
+
+
+# ---- a run goes on where it stopped, bit for bit
+
+
+def learned(out):
+    """All that a run has come to: rows but for the clock's, the last state, the model's weights."""
+    clock = {"seconds", "tokens_per_second", "tflops"}
+    logged = [{k: v for k, v in row.items() if k not in clock} for row in rows(out)]
+    state = States(out / "state", 1).folders()[-1]
+    info = {k: v for k, v in files.read_json(state / "state.json").items()
+            if k in ("progress", "adam_step", "files")}
+    return (logged, state.name, info, (state / "rank-00000.safetensors").read_bytes(),
+            (out / "checkpoint" / "model.safetensors").read_bytes())
+
+
+RESUMED = dict(max_steps=7, save_every=2, eval_every=3, log_every=2, keep=99, grad_accum=2,
+               pretrain_steps=5)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nothing stopped, all of whose states are kept: 5 updates and 7."""
+    out = tmp_path_factory.mktemp("straight") / "x"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runlog, "in_host_memory", lambda tensors: None)
+        assert start(out, **RESUMED) == 0
+    return out
+
+
+def test_every_state_leads_to_the_same_end(straight, tmp_path, capsys):
+    """Pre-training's, the last of it among them, and thinking's; in the middle of accumulation of
+    nothing, as all else is a function of the step. No row twice, none missing."""
+    expected = learned(straight)
+    names = [x.name for x in (straight / "state").iterdir()]
+    assert sorted(names) == [f"step-{n:06d}" for n in (2, 4, 5, 7, 8, 9, 11, 12)]
+    assert [(r["kind"], r["step"]) for r in expected[0]] == [
+        ("pretrain", 2), ("pretrain", 4), ("pretrain", 5), ("eval", 0), ("think", 2), ("eval", 3),
+        ("think", 4), ("think", 6), ("eval", 6), ("think", 7), ("eval", 7), ("end", 7)]
+    for name in names:
+        out = tmp_path / name
+        shutil.copytree(straight, out)
+        assert script.main(["--resume", str(out / "state" / name)]) == 0
+        printed = capsys.readouterr().out
+        assert f"goes on from {out / 'state' / name}: " in printed and "warning" not in printed
+        assert learned(out) == expected, name
+
+
+@pytest.mark.parametrize("n", [2, 5, 7, 9])  # two of pre-training, the last of it among them
+def test_a_signal_and_resume_are_as_if_nothing_had_been(straight, tmp_path, monkeypatch, capsys, n):
+    """The same command twice; and its states are those of the run that was not stopped."""
+    out, command = tmp_path / "x", dict(RESUMED, resume="auto")
+    with monkeypatch.context() as patch:
+        before_call(patch, script, "train_step", n, kill(signal.SIGTERM))
+        assert start(out, **command) == 143
+    assert f"go on with --resume {out}" in capsys.readouterr().err
+    assert rows(out)[-1]["step"] in (n, n - 1) if n < 6 else rows(out)[-1]["step"] <= n - 5
+    assert start(out, **command) == 0
+    assert learned(out) == learned(straight)
+    before = learned(out)
+    assert start(out, **command) == 0  # of a run that has ended, too
+    assert learned(out) == before
+
+
+def test_text_goes_on_as_thoughts_do(run, tmp_path, monkeypatch):
+    """And a run that began with another's model counts on from there."""
+    given = dict(model_path=str(run[0]), data=str(run[0] / "data"), n_ahead=0, max_steps=6,
+                 save_every=2, eval_every=2)
+    assert start(tmp_path / "a", **given) == 0
+    with monkeypatch.context() as patch:
+        before_call(patch, script, "train_step", 3, kill(signal.SIGINT))
+        assert start(tmp_path / "b", **given) == 130
+    assert States(tmp_path / "b" / "state", 1).folders()[-1].name == "step-000005"  # after two
+    assert script.main(["--resume", str(tmp_path / "b")]) == 0
+    assert learned(tmp_path / "b") == learned(tmp_path / "a")
+    assert {r["kind"] for r in rows(tmp_path / "b")} == {"eval", "text", "end"}
+
+
+def test_a_longer_run_is_the_shorter_one_gone_on_with(straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "x")
+    assert script.main(["--resume", str(tmp_path / "x"), "--max_steps", "9"]) == 0
+    assert "otherwise than before: max_steps 7 -> 9\n" in capsys.readouterr().out
+    assert start(tmp_path / "y", **RESUMED | {"max_steps": 9}) == 0
+    ours, theirs = learned(tmp_path / "x"), learned(tmp_path / "y")
+    ours[0].remove(next(r for r in ours[0] if (r["kind"], r["step"]) == ("think", 7)))  # the last
+    assert ours == theirs
+    assert files.read_json(tmp_path / "x" / "config.json")["max_steps"] == 9
+    code = script.main(["--resume", str(tmp_path / "x"), "--max_steps", "3"])
+    check_refused(capsys, code, "is of update 9 of think: this command ends with update 3")
+
+
+def test_a_damaged_state_gives_way_to_the_one_before(straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "x")
+    file = tmp_path / "x" / "state" / "step-000012" / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert script.main(["--resume", str(tmp_path / "x")]) == 0
+    said = capsys.readouterr()
+    assert f"warning: {file} is damaged" in said.err and "step-000011: think 6/7" in said.out
+    assert learned(tmp_path / "x") == learned(straight)
+    for file in (tmp_path / "x" / "state").glob("*/state.json"):
+        file.write_text("{}")
+    before = sorted((tmp_path / "x").rglob("*"))
+    assert script.main(["--resume", str(tmp_path / "x")]) == 2
+    assert "error: " in (said := capsys.readouterr().err) and "holds no whole state" in said
+    assert sorted((tmp_path / "x").rglob("*")) == before
+
+
+@pytest.mark.parametrize(("args", "words"), [
+    (["--learning_rate", "0.5"], "learning_rate 0.001 -> 0.5"),
+    (["--seed", "1", "--batch_size", "3"], "seed 0 -> 1, batch_size 2 -> 3"),
+    (["--schedule", "cosine", "--max_steps", "9"],
+     "max_steps 7 -> 9, schedule constant -> cosine"),
+    (["--pretrain_steps", "9"], "pretrain_steps 5 -> 9")])
+def test_other_settings_are_shown_and_need_force(straight, tmp_path, capsys, args, words):
+    shutil.copytree(straight, tmp_path / "x")
+    config, before = tmp_path / "x" / "config.json", learned(straight)
+    code = script.main(["--resume", str(tmp_path / "x"), *args])
+    check_refused(capsys, code, f"the run had other settings: {words}: leave these", "--force")
+    assert learned(tmp_path / "x") == before
+    assert config.read_bytes() == (straight / "config.json").read_bytes()
+    if args[0] == "--learning_rate":
+        state = tmp_path / "x" / "state" / "step-000009"
+        assert script.main(["--resume", str(state), *args, "--force", "--log_every", "1"]) == 0
+        said = capsys.readouterr().out
+        assert f"otherwise than before: {words}\n" in said and "log_every 2 -> 1\n" in said
+        assert [(r["step"], r["learning_rate"]) for r in rows(tmp_path / "x", "think")] == [
+            (2, 1e-3 * 0.2), (4, 1e-3 * 0.4), *((n, 0.5 * n / 10) for n in (5, 6, 7))]
+        assert files.read_json(config)["learning_rate"] == 0.5
+        assert not files.read_json(config)["force"]
+
+
+def test_data_that_changed_underneath_are_refused(straight, tmp_path, capsys):
+    out = tmp_path / "x"
+    shutil.copytree(straight, out)
+    files.write_json(out / "data" / "meta.json",
+                     files.read_json(out / "data" / "meta.json") | {"val_fraction": 0.5})
+    before = (out / "metrics.jsonl").read_bytes()
+    for force in ([], ["--force"]):
+        check_refused(capsys, script.main(["--resume", str(out), *force]),
+                      f"the data in {out / 'data'} are not those of {out / 'state'}")
+    code = script.main(["--resume", str(straight), "--fold_operands", "3", "--force"])
+    assert code == 2 and "are not those of" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_bytes() == before
+    shutil.rmtree(out / "data")  # made again, to the byte
+    assert script.main(["--resume", str(out)]) == 0
+    assert learned(out) == learned(straight)
+
+
+def test_what_there_is_nothing_to_go_on_from(run, tmp_path, capsys):
+    check_refused(capsys, script.main(["--resume", str(tmp_path)]), "there is no run in")
+    (tmp_path / "config.json").write_text("{}")
+    check_refused(capsys, script.main(["--resume", str(tmp_path)]), "holds no state to go on from")
+    check_refused(capsys, start(tmp_path, resume="auto"), "already holds a run or other files")
+    check_refused(capsys, script.main(["--resume", str(run[0]), "--out_dir", str(tmp_path)]),
+                  "--out_dir is for a new run")
+    check_refused(capsys, script.main(["--force"]), "--force is for resume only")
+    assert sorted(os.listdir(tmp_path)) == ["config.json"]
+
+
+def test_auto_begins_anew_what_was_killed_before_its_first_save(straight, tmp_path, monkeypatch):
+    """In this command's own folder, never in the next free one; others' files in it stay."""
+    monkeypatch.chdir(tmp_path)
+    out = Path("out") / "tiny"
+    (out / "state" / "step-000002.partial").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl", "job.log", "data.partial/train.bin"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("{")
+    command = [*options(**RESUMED), "--resume", "auto"]
+    assert script.main(command) == 0 and os.listdir("out") == ["tiny"]
+    assert learned(out) == learned(straight) and (out / "job.log").read_text() == "{"
+    assert "data.partial" not in os.listdir(out)
+
+
+def test_an_update_cut_in_the_middle_is_no_state(tmp_path, monkeypatch):
+    """Some parameters have had it and others not: the model is kept for what it is worth, and the
+    run goes on from the state before."""
+    step, calls = torch.optim.AdamW.step, itertools.count(1)
+
+    def cut(self, *args):
+        if next(calls) == 6:  # the third of thinking
+            torch.nn.init.zeros_(self.param_groups[0]["params"][0])
+            kill(signal.SIGINT, signal.SIGINT)()
+        return step(self, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", cut)
+        assert start(tmp_path / "x", max_steps=4) == 130
+    assert saved_step(tmp_path / "x" / "checkpoint") == 2
+    assert os.listdir(tmp_path / "x" / "state") == ["step-000003"]  # pre-training's
+    assert script.main(["--resume", str(tmp_path / "x")]) == 0
+    assert start(tmp_path / "y", max_steps=4) == 0
+    assert learned(tmp_path / "x") == learned(tmp_path / "y")
+
+
+def test_a_run_that_is_killed_goes_on(straight, tmp_path):
+    """Once, as soon as there is a state; `python tests/kill.py` does it thirty times."""
+    out = tmp_path / "x"
+    command = [sys.executable, "train.py", *options(out_dir=str(out), **RESUMED)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as child:
+        while child.poll() is None and not any((out / "state").glob("step-*[0-9]")):
+            time.sleep(0.001)
+        child.kill()
+    assert child.returncode == -signal.SIGKILL and (out / ".lock").exists()
+    assert start(out, resume="auto", **RESUMED) == 0
+    assert learned(out) == learned(straight)
+
+
+def test_want_of_memory_names_the_state(tmp_path, monkeypatch, capsys):
+    before_call(monkeypatch, script, "train_step", 5, raises(torch.OutOfMemoryError("CUDA")))
+    assert start(tmp_path / "x") == 2
+    assert capsys.readouterr().err.endswith(f": go on with --resume {tmp_path / 'x'}\n")
+
+
+def test_spikes_are_left_out_counted_and_no_matter_to_resume(tmp_path, monkeypatch):
+    """Of three norms and no sigma, about half are spikes."""
+    monkeypatch.setattr(state, "WINDOW", 3)
+    monkeypatch.setattr(state, "SIGMAS", 0)
+    given = dict(max_steps=8, skip_spikes=True, eval_every=2)
+    assert start(tmp_path / "a", **given) == 0
+    logged, norms, spikes = rows(tmp_path / "a", "think"), [], 0
+    for row in logged:
+        spikes += len(norms) >= 3 and row["grad_norm"] > sum(norms[-3:]) / 3
+        norms.append(row["grad_norm"])
+        assert row["spikes"] == row["skipped"] == spikes
+    assert 1 < spikes < 5
+    with monkeypatch.context() as patch:
+        before_call(patch, script, "train_step", 8, kill(signal.SIGTERM))
+        assert start(tmp_path / "b", **given) == 143
+    assert script.main(["--resume", str(tmp_path / "b")]) == 0
+    assert learned(tmp_path / "b") == learned(tmp_path / "a")
+    info = files.read_json(States(tmp_path / "a" / "state", 1).folders()[-1] / "state.json")
+    assert max(info["adam_step"].values()) == 8 - spikes  # Adam has not seen them
+    assert start(tmp_path / "c", **given | {"skip_spikes": False}) == 0
+    assert "spikes" not in rows(tmp_path / "c", "think")[-1]
+
+
+def test_a_base_that_thinking_ruins_ends_the_run(tmp_path, monkeypatch, capsys, at_once):
+    """With the best state named, from which it goes on."""
+    report, rise = evaluate.report, iter([0.0, 0.1, 0.3, 0.6])
+
+    def ruined(scores):
+        found, more = report(scores), next(rise)
+        found.summary["nll_base"] += more
+        found.summary["nll_mixed"] += abs(more - 0.1) / 2
+        return found
+    monkeypatch.setattr(evaluate, "report", ruined)
+    out = tmp_path / "x"
+    assert start(out, max_steps=9, eval_every=2, save_every=100) == 2
+    said, first = capsys.readouterr().err, rows(out, "eval")[0]["nll_base"]
+    best = out / "state" / "step-000005"  # at 2 of thinking, after 3
+    assert said.startswith(f"error: the base's NLL on val has risen from {first:.3f} to ")
+    assert said.endswith(
+        f"by update 6, by more than max_base_rise 0.5: the best state is {best}, go on from it "
+        f"with --resume {best} --force and a lower policy_weight or learning_rate\n")
+    names = [x.name for x in States(out / "state", 2).folders()]
+    assert names == ["step-000005", "step-000009"]  # an evaluation that is not the best saves none
+    monkeypatch.setattr(evaluate, "report", report)
+    assert script.main(["--resume", str(best), "--policy_weight", "1", "--force"]) == 0
+    assert rows(out, "think")[-1]["step"] == 9
+    monkeypatch.setattr(evaluate, "report", ruined)
+    rise = iter([0.0, 0.6])
+    assert start(tmp_path / "y") == 2  # at the end as well
+    assert "no state was evaluated before" in capsys.readouterr().err
+    rise = iter([0.0, 0.6])
+    assert start(tmp_path / "z", max_base_rise=None) == 0
+
+
+def test_the_model_for_others_may_be_bf16_and_states_stay_exact(tmp_path, run):
+    assert start(tmp_path / "x", eval_every=1, save_dtype="bf16") == 0
+    ours, theirs = (load_file(out / "checkpoint" / "model.safetensors")
+                    for out in (tmp_path / "x", run[0]))
+    assert all(torch.equal(ours[n], x.bfloat16()) for n, x in theirs.items())
+    assert files.read_json(tmp_path / "x" / "checkpoint" / "config.json")["torch_dtype"] == (
+        "bfloat16")
+    states = [next((out / "state").glob("step-000005")) / "rank-00000.safetensors"
+              for out in (tmp_path / "x", run[0])]
+    assert states[0].read_bytes() == states[1].read_bytes()
+    model, _, _ = hf.load_thinker(tmp_path / "x")
+    assert model.lm.head_weight.dtype == torch.float32  # as it is asked for
 
 
 # ---- a run is cut short
@@ -397,7 +692,7 @@ def test_a_signal_ends_a_run_after_the_update_at_hand(tmp_path, monkeypatch, cap
     said = capsys.readouterr().err.splitlines()
     assert said == ["ending after this update",
                     f"interrupted; update {step} is saved in {out / folder}: go on with "
-                    f"--model_path {out / folder}"]
+                    f"--resume {out}"]
     assert saved_step(out / folder) == (step if folder == "checkpoint" else 0)
     assert (out / "checkpoint").exists() == (folder == "checkpoint")
     assert not rows(out, "end") and not (out / ".lock").exists()
@@ -414,8 +709,7 @@ def test_a_signal_ends_an_evaluation_at_once(tmp_path, monkeypatch, capsys, n, f
     assert start(out, eval_every=1) == 130
     assert len(rows(out, "eval")) == n - 1
     assert capsys.readouterr().err == (
-        f"interrupted; update {step} is saved in {out / folder}: go on with --model_path "
-        f"{out / folder}\n")
+        f"interrupted; update {step} is saved in {out / folder}: go on with --resume {out}\n")
     assert saved_step(out / folder) == (step if folder == "checkpoint" else 0)
 
 
@@ -445,9 +739,9 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path, monkeypatch, capsys):
     RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory")])
 @pytest.mark.parametrize(("place", "n", "kept"), [
     ("train_step", 1, "nothing is saved"), ("train_step", 5, "update 1 is saved in"),
-    ("evaluate_now", 2, "update 2 is saved in")])
+    ("evaluate", 2, "update 2 is saved in")])
 def test_want_of_memory_loses_nothing(tmp_path, monkeypatch, capsys, error, place, n, kept):
-    before_call(monkeypatch, script, place, n, raises(error))
+    before_call(monkeypatch, Run if place == "evaluate" else script, place, n, raises(error))
     assert start(tmp_path / "x") == 2
     said = capsys.readouterr().err
     assert said.startswith("error: the memory is used up: lower batch_size") and kept in said
@@ -468,27 +762,29 @@ def test_an_evaluation_that_fails_loses_nothing(tmp_path, monkeypatch):
         assert saved_step(tmp_path / str(n) / "checkpoint") == n - 1
 
 
-def test_a_failed_save_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_failed_save_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, capsys, at_once):
     before_call(monkeypatch, hf, "save", 2, raises(FULL))
-    assert start(tmp_path / "x", max_steps=4, save_every=2) == 0
+    assert start(tmp_path / "x", max_steps=4, save_every=2, pretrain_steps=2) == 0
     assert saved_step(tmp_path / "x" / "checkpoint") == 4
     assert capsys.readouterr().err == (
         "warning: update 2 could not be saved (No space left on device); the run goes on\n")
 
 
-def test_a_last_save_that_fails_says_what_is_kept(tmp_path, monkeypatch, capsys):
+def test_a_last_save_that_fails_says_what_is_kept(tmp_path, monkeypatch, capsys, at_once):
     """The base is of three updates, too: it is not taken for the checkpoint of the third."""
-    save = hf.save
-    for name, failing, kept in (("a", 3, "update 2 is saved in"), ("b", 2, "update 3 is saved in")):
-        calls, out = itertools.count(1), tmp_path / name
+    save, write = hf.save, States.save
+    for name, failing, kept in (("a", 4, "update 2 is saved in"), ("b", 3, "update 3 is saved in")):
+        calls, out = {"model": itertools.count(1), "state": itertools.count(1)}, tmp_path / name
 
-        def broken(*args, calls=calls, failing=failing, **options):
-            return raises(FULL)() if next(calls) >= failing else save(*args, **options)
-        monkeypatch.setattr(hf, "save", broken)
+        def broken(kind, function, calls=calls, failing=failing):
+            return lambda *args, **options: (
+                raises(FULL)() if next(calls[kind]) >= failing else function(*args, **options))
+        monkeypatch.setattr(hf, "save", broken("model", save))
+        monkeypatch.setattr(States, "save", broken("state", write))
         assert start(out, max_steps=3, save_every=2) == 2
         said = capsys.readouterr().err.splitlines()[-1]
-        folder = "checkpoint" if failing == 3 else "base"
-        assert said.startswith("error: update 3 could not be saved, for want of room")
+        folder = "checkpoint" if failing == 4 else "base"
+        assert said.startswith("error: the model of update 3 could not be saved, for want of room")
         assert kept in said
         assert said.endswith(str(out / folder)) and len(rows(out, "eval")) == 2
 
@@ -508,11 +804,12 @@ def test_a_model_that_an_update_has_broken_is_not_saved(tmp_path, monkeypatch, c
     assert said[0] == "warning: update 1 is not saved: its weights are not finite"
     assert said[1].startswith("error: the predictions are not finite at update 1: lower learning_")
     assert said[1].endswith(f"update 3 is saved in {out / 'base'}") and len(said) == 2
-    assert sorted(os.listdir(out)) == ["base", "config.json", "data", "metrics.jsonl"]
+    assert sorted(os.listdir(out)) == ["base", "config.json", "data", "metrics.jsonl", "state"]
+    assert os.listdir(out / "state") == ["step-000003"]
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capsys):
-    full = types.SimpleNamespace(write=lambda text: len(text), flush=raises(FULL))
+    full = types.SimpleNamespace(write=lambda row: raises(FULL)())
     init = RunLog.__init__
 
     def broken(self, *args):
@@ -613,11 +910,11 @@ def test_control_thoughts_come_from_the_text(tmp_path):
     this, _ = setup(tmp_path, thoughts_from="ab")
     text = torch.zeros(2, 22, dtype=torch.long)
     u = torch.rand(2, 2, 20, 4, generator=torch.Generator().manual_seed(0))
-    thoughts, log_probs = script.rollout_of(this)(text, None, u)
+    thoughts, log_probs = this.rollout(text, None, u)
     assert torch.equal(thoughts, (u >= 0.5).long())
     assert torch.allclose(log_probs, torch.tensor(0.5).log())
     this.cfg = dataclasses.replace(this.cfg, thoughts_from="\n")
-    assert (script.rollout_of(this)(text, None, u)[0] == 10).all()
+    assert (this.rollout(text, None, u)[0] == 10).all()
     out = tmp_path / "x"
     assert start(out, thoughts_from="ab") == 0
     for row in rows(out, "eval", "think"):  # evaluations have them as well
@@ -626,7 +923,7 @@ def test_control_thoughts_come_from_the_text(tmp_path):
 
 def test_non_finite_steps_are_skipped_and_several_stop_the_run(tmp_path, monkeypatch, capsys):
     this, _ = setup(tmp_path, max_steps=20)
-    monkeypatch.setattr(script, "evaluate_now", lambda *args: None)
+    monkeypatch.setattr(Run, "evaluate", lambda *args: None)
     with torch.no_grad():
         this.model.end_embedding[0] = math.nan
     before = {n: p.detach().clone() for n, p in this.model.named_parameters()}
@@ -640,12 +937,13 @@ def test_non_finite_steps_are_skipped_and_several_stop_the_run(tmp_path, monkeyp
 
 def test_a_finite_step_ends_the_count_of_those_that_were_not(tmp_path, monkeypatch):
     this, _ = setup(tmp_path, max_steps=20)
-    monkeypatch.setattr(script, "evaluate_now", lambda *args: None)
-    finite = iter([False] * 4 + [True] + [False] * 4 + [True] * 11)
+    monkeypatch.setattr(Run, "evaluate", lambda *args: None)
+    norms = iter([math.nan] * 4 + [1.0] + [math.inf] * 4 + [1.0] * 11)
     step = script.train_step
-    monkeypatch.setattr(script, "train_step", lambda *args: (*step(*args)[:3], next(finite)))
+    monkeypatch.setattr(script, "train_step", lambda *args: (
+        *step(*args)[:2], norm := torch.tensor(next(norms)), bool(norm.isfinite())))
     script.train(this, this.cfg, "think")
-    assert rows(this.log.folder)[-1]["skipped"] == 8 and next(finite, None) is None
+    assert rows(this.log.folder)[-1]["skipped"] == 8 and next(norms, None) is None
 
 
 def test_logged_means_leave_out_predictions_across_documents(tmp_path):
@@ -733,8 +1031,15 @@ def test_checkpointing_keeps_less_and_changes_nothing(tmp_path, monkeypatch, com
 
 
 def test_a_checkpointed_model_is_saved_under_its_own_names(tmp_path, run):
+    """Its state as well, whose end a plain run can come to."""
     assert start(tmp_path / "x", checkpointing=1.0, eval_every=1) == 0
-    for name in ("model", "quietstar"):
+    states = [load_file(out / "state" / "step-000005" / "rank-00000.safetensors")
+              for out in (tmp_path / "x", run[0])]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.allclose(states[0][n], x, atol=1e-5) for n, x in states[1].items())
+    assert script.main(["--resume", str(tmp_path / "x" / "state" / "step-000004"), "--force",
+                        "--checkpointing", "0"]) == 0
+    for name in ("model", "quietstar"):  # the last update of a plain run
         ours, plain = (load_file(out / "checkpoint" / f"{name}.safetensors")
                        for out in (tmp_path / "x", run[0]))
         assert ours.keys() == plain.keys()

@@ -1,0 +1,273 @@
+"""What a run is made of: its settings checked, model and data put together, evaluated and saved.
+
+`cfg` is train.py's TrainConfig everywhere; `corpus` is data/fold.py's Corpus for the embedded
+corpus, which has a tokenizer, a text and answers of its own, and None for prepared data.
+"""
+
+import hashlib
+import math
+import os
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from nanoqstar import InputError, evaluate, flops, hf
+from nanoqstar.dataset import TokenDataset
+from nanoqstar.device import pick_device, pick_threads, speed_up
+from nanoqstar.quietstar import QuietStar, Rollout, draw_from
+from nanoqstar.qwen2 import Qwen2, Qwen2Config
+from nanoqstar.runlog import RunLog, Signals
+from nanoqstar.state import Progress, State, load
+from nanoqstar.thoughts import ThoughtLayout
+from nanoqstar.tokenizer import beginning_ids, encode, load_tokenizer, unknown_ids
+
+Splits = dict[str, TokenDataset]
+Loaded = tuple[QuietStar, Tokenizer, hf.Settings]
+
+# ---- before anything is made
+
+
+def check(cfg: Any) -> tuple[torch.device, Splits | None, Loaded | None]:
+    """Refuses what cannot work before anything is made; returns the device, the splits of prepared
+    data, and the model to start from, where there is one."""
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise InputError("torchrun would start as many whole runs as processes: one GPU only, for "
+                         "now; run python train.py")
+    device, splits, loaded = pick_device(cfg.device), None, None
+    if cfg.data != "fold":
+        splits = open_splits(cfg, Path(cfg.data))
+    if cfg.model_path is None:
+        check_memory(cfg, new_model_config(cfg, 1), device)
+    else:
+        hf.check_context(config := hf.read_config(hf.resolve(cfg.model_path)),
+                         cfg.max_length + cfg.n_ahead_talk + cfg.n_ahead)
+        check_memory(cfg, config, device)
+        loaded = hf.load_thinker(cfg.model_path, device, tokenizer=cfg.tokenizer)
+        taught = loaded[2].config
+        for name in ("seed", "fold_operations", "fold_ordinary_frac"):  # its table and alphabet
+            ours, its = getattr(cfg, name), taught.get(name, getattr(cfg, name))
+            if cfg.data == taught.get("data") == "fold" and ours != its:
+                raise InputError(f"{cfg.model_path} learned the embedded corpus of --{name} {its}: "
+                                 f"with {ours} its letters would mean something else")
+    pick_threads(cfg.threads, loaded[0].lm.config.hidden_size if loaded else cfg.hidden_size)
+    return device, splits, loaded
+
+
+def check_memory(cfg: Any, model: Qwen2Config, device: torch.device) -> None:
+    window = cfg.max_length + cfg.n_ahead_talk
+    packed, drawn = cfg.max_length, 0
+    if cfg.n_ahead:
+        layout = ThoughtLayout(cfg.n_ahead, cfg.n_ahead_talk, cfg.n_passes, cfg.max_length)
+        packed, drawn = layout.packing.n_packed, cfg.n_passes * cfg.max_length * layout.n_sampled
+    n_tokens = cfg.batch_size * packed
+    if cfg.model_path is None and cfg.pretrain_steps:
+        n_tokens = max(n_tokens, cfg.pretrain_batch_size * cfg.max_length)
+    windows = max(cfg.batch_size * cfg.grad_accum, cfg.eval_windows)
+    learning = cfg.trainable == "all" or cfg.model_path is None
+    flops.refuse_beyond_memory(model, device, n_tokens, cfg.checkpointing,
+                               windows * (16 * window + 4 * drawn), learning)
+
+
+def open_splits(cfg: Any, folder: Path) -> Splits:
+    splits = {split: TokenDataset(folder, split) for split in ("train", "val")}
+    for split in splits.values():  # a window that does not fit is refused before any work
+        split.last_start(cfg.max_length + cfg.n_ahead_talk)
+    return splits
+
+
+def new_model_config(cfg: Any, vocab_size: int) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
+        num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads,
+        num_key_value_heads=cfg.n_kv_heads, head_dim=cfg.hidden_size // cfg.n_heads,
+        max_position_embeddings=max(2048, 2 * cfg.max_length), rope_theta=1e4)
+
+
+# ---- ready to train
+
+
+@dataclass
+class Run:
+    """What the stages of a run hand on."""
+
+    cfg: Any
+    corpus: Any
+    log: RunLog
+    signals: Signals
+    splits: Splits
+    model: QuietStar
+    tokenizer: Tokenizer
+    origin: hf.Settings | None  # of the model it started from
+    state: State | None = None  # to go on from
+
+    @property
+    def first(self) -> int:
+        """Updates that the model has had: a continued run goes on in the data, too."""
+        return self.origin.step if self.origin else 0
+
+    @property
+    def rollout(self) -> Rollout:
+        """Where thoughts come from: the model, or in a control experiment the tokens of a text."""
+        text = self.cfg.thoughts_from
+        if text is None:
+            return self.model.rollout
+        return draw_from(encode(self.tokenizer, text, "thoughts_from"))
+
+    def init_thoughts(self) -> None:
+        """Fresh start, end and mixing head; those of an earlier run are never initialised again."""
+        if self.origin is None or not self.origin.thinking.n_ahead:
+            start, end = (encode(self.tokenizer, getattr(self.cfg, name), name)
+                          for name in ("start_init_text", "end_init_text"))
+            self.model.init_thoughts(start, end, self.cfg.seed)
+
+    def begin(self, phase: str, first: int, last: int, optimizer: torch.optim.Optimizer
+              ) -> Progress:
+        """A phase's start; or where a state was saved in it, whose tensors come back."""
+        if self.state is None:
+            return Progress(phase, first, self.log.pretrained)
+        (folder, info), self.state = self.state, None
+        at = info["progress"]
+        self.log.pretrained = at.pretrained
+        if (at.phase, at.update <= last) != (phase, True):
+            raise InputError(f"{folder} is of update {at.update} of {at.phase}: this command ends "
+                             f"with update {last} of {phase}, so nothing is left to do")
+        load(folder, info, self.model, optimizer)
+        self.log.go_on(folder, info)
+        self.log.say(f"goes on from {folder}: {phase} {at.update}/{last}")
+        if info["made_by"] != self.made_by:
+            self.log.say(f"warning: it was made by {info['made_by']}, and this is {self.made_by}: "
+                         "figures will differ in their last digits")
+        return at
+
+    def evaluate(self, at: Progress, final: bool = False) -> None:
+        """Scores the same val windows every time, logs the summary and shows a few thoughts; at the
+        end the table as well. Raises InputError where training has spoiled the base."""
+        cfg, corpus, log = self.cfg, self.corpus, self.log
+        text, docs = self.splits["val"].evenly(cfg.eval_windows, cfg.max_length + cfg.n_ahead_talk)
+        with self.signals.at_once():  # nothing changes here
+            scores = evaluate.score_text(
+                self.model, text, docs, cfg.n_ahead, cfg.n_ahead_talk, seed=cfg.seed,
+                batch_size=cfg.batch_size, sampler=self.rollout,
+                choices=corpus.choices if corpus else None)
+            report = evaluate.report(scores)
+            base = report.summary["nll_base"]
+            if not math.isfinite(base):
+                raise InputError(f"the predictions are not finite at update {at.update}: lower "
+                                 f"learning_rate, or pretrain_learning_rate; {log.kept}")
+            if corpus:
+                corpus.add_answers(report, scores, self.model, final)
+        log.write("eval", at.update, **report.summary)
+        for line in evaluate.lines(report, scores, self.tokenizer, at.update, final):
+            log.say(line)
+        start = at.start_nll = base if at.start_nll is None else at.start_nll
+        if cfg.max_base_rise is not None and base > start + cfg.max_base_rise:
+            log.wait()
+            best = log.states.best()
+            raise InputError(
+                f"the base's NLL on val has risen from {start:.3f} to {base:.3f} by update "
+                f"{at.update}, by more than max_base_rise {cfg.max_base_rise}: " + (
+                    f"the best state is {best}, go on from it with --resume {best} --force and "
+                    if best else "no state was evaluated before, start anew with ")
+                + "a lower policy_weight or learning_rate")
+        at.score = start - report.summary["nll_mixed"]  # the gain, over what cannot be spoiled
+
+    def is_best(self, at: Progress) -> bool:
+        """Whether no state has a better score."""
+        return at.score is not None and at.score > max(self.log.states.scores().values(),
+                                                       default=-math.inf)
+
+    def save(self, at: Progress, optimizer: torch.optim.Optimizer | None,
+             background: bool = False) -> None:
+        """State and model, that being the language model alone as long as it has never learned to
+        think. No optimizer: an update was cut short, so there is no state."""
+        cfg, origin, thinking = self.cfg, self.origin, None
+        if cfg.n_ahead and at.phase != "pretrain":
+            thinking = hf.Thinking(cfg.n_ahead, cfg.n_ahead_talk, cfg.thought_temperature)
+        elif origin and origin.thinking.n_ahead:
+            thinking = origin.thinking
+        self.log.save(at, self.model, optimizer, self.tokenizer, thinking,
+                      origin.folder if origin else None,
+                      {"data": meta_sum(self.splits), "made_by": self.made_by}, background)
+
+    def finish(self, at: Progress) -> None:
+        """The final evaluation, and where everything is."""
+        cfg, log = self.cfg, self.log
+        self.evaluate(at, final=True)
+        log.write("end", at.update, seconds=log.seconds)
+        words, answer = " --show_thoughts" * (cfg.n_ahead > 0), ""
+        if self.corpus:
+            options, letter = self.corpus.example()
+            words, answer = words + options, f" (right is {letter})"
+        log.say(f"{log.seconds:.0f} s in all. Try it{answer}:\n"
+                f"python sample.py --model_path {shlex.quote(str(log.folder))}{words}")
+        if log.saved != (log.folder / "checkpoint", at.update):
+            raise InputError(f"the model of update {at.update} could not be saved, for want of "
+                             f"room or of rights in {log.folder}; {log.kept}")
+
+    @property
+    def made_by(self) -> str:
+        """What the last digits depend on."""
+        return (f"torch {torch.__version__} on {self.model.lm.head_weight.device.type}, "
+                f"{torch.get_num_threads()} threads")
+
+
+def meta_sum(splits: Splits) -> str:
+    """Which data this is."""
+    meta = splits["train"].tokenizer_path.with_name("meta.json")
+    return hashlib.sha256(meta.read_bytes()).hexdigest()
+
+
+def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.device,
+            splits: Splits | None, loaded: Loaded | None,
+            state: State | None = None) -> Run:
+    """Model and data, ready to train. device, splits, loaded: of `check`. state: to go on from."""
+    if splits is None:
+        tokenizer, origin = corpus.tokenizer(), None
+    else:
+        tokenizer, origin = load_tokenizer(splits["train"].tokenizer_path.parent), None
+    if loaded is None:
+        config = new_model_config(cfg, tokenizer.get_vocab_size())
+        hf.check_context(config, cfg.max_length + cfg.n_ahead_talk + cfg.n_ahead)
+        lm = Qwen2(config)
+        lm.init_weights(cfg.init_std, cfg.embedding_std, cfg.seed)
+        model = QuietStar(lm, banned=unknown_ids(tokenizer, config.vocab_size)).to(device)
+    else:
+        model, its_tokenizer, origin = loaded
+        if its_tokenizer.to_str() != tokenizer.to_str():
+            raise InputError(
+                f"the data's tokenizer is not that of {cfg.model_path}: prepare the data again "
+                f"with --tokenizer {cfg.tokenizer or origin.folder}")
+        for name in ("start_init_text", "end_init_text") if origin.thinking.n_ahead else ():
+            if (ours := getattr(cfg, name)) != origin.config.get(name, ours):
+                log.say(f"{name} {ours!r} does nothing: start and end are as trained in "
+                        f"{cfg.model_path}")
+    model.thought_temperature = cfg.thought_temperature
+    if device.type == "cuda" and model.lm.config.head_dim < 16:
+        raise InputError(f"heads of {model.lm.config.head_dim} numbers: attention on a GPU needs "
+                         "16 or more; lower n_heads, or raise hidden_size")
+    this = Run(cfg, corpus, log, signals, splits or {}, model, tokenizer, origin, state)
+    this.init_thoughts()
+    if splits is None:
+        folder = log.folder / "data"
+        if not (state and folder.exists()):
+            n_val = cfg.eval_windows * (cfg.max_length + cfg.n_ahead_talk)
+            corpus.prepare(folder, cfg.fold_tokens, n_val)
+        this.splits = open_splits(cfg, folder)
+    data = this.splits["train"]
+    if state and (meta_sum(this.splits) != state[1]["data"] or (
+            corpus and data.meta["source"] != {"corpus": "fold", **asdict(corpus)})):
+        raise InputError(f"the data in {data.tokenizer_path.parent} are not those of {state[0]}: "
+                         "put the data back, or start anew")
+    if (first := beginning_ids(tokenizer)) and "beginning_ids" not in data.meta:
+        log.say(f"warning: {cfg.data} was prepared without the beginning-of-text token "
+                f"({tokenizer.decode(first, skip_special_tokens=False)}) that this model knows "
+                "before every document: prepare it again")
+    speed_up(model, device, cfg.checkpointing, cfg.compile)
+    log.say(f"{log.folder}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, "
+            f"{data.n_tokens:,} training tokens, {device}, {torch.get_num_threads()} threads")
+    log.say(log.states.check_room(3 * sum(p.nbytes for p in model.parameters())))
+    return this
