@@ -40,7 +40,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from data import fold
-from nanoqstar import InputError, evaluate, flops, hf
+from nanoqstar import InputError, evaluate, flops, hf, lora
 from nanoqstar.dataset import TokenDataset, prefetched
 from nanoqstar.device import pick_device, pick_threads, speed_up
 from nanoqstar.objective import Objective, Valid
@@ -128,7 +128,7 @@ def make_optimizer(model: QuietStar, cfg: TrainConfig) -> torch.optim.AdamW:
               "delimiters": (cfg.embedding_lr_factor, cfg.weight_decay / cfg.embedding_lr_factor)}
     members: dict[str, list[torch.Tensor]] = {name: [] for name in groups}
     for name, p in model.named_parameters():
-        p.requires_grad_(not name.startswith(frozen) if frozen else True)
+        p.requires_grad_(not name.startswith(frozen) and lora.learns(name, cfg.lora_rank))
         if p.requires_grad:
             members[kind(name, p)].append(p)
     return torch.optim.AdamW(
@@ -261,7 +261,8 @@ def check(cfg: TrainConfig):
         hf.check_context(config := hf.read_config(hf.resolve(cfg.model_path)),
                          cfg.max_length + cfg.n_ahead_talk + cfg.n_ahead)
         check_memory(cfg, config, device)
-        loaded = hf.load_thinker(cfg.model_path, device, tokenizer=cfg.tokenizer)
+        dtype = torch.bfloat16 if cfg.lora_rank and device.type == "cuda" else torch.float32
+        loaded = hf.load_thinker(cfg.model_path, device, dtype, tokenizer=cfg.tokenizer)
         taught = loaded[2].config
         for name in ("seed", "fold_operations", "fold_ordinary_frac"):  # its table and alphabet
             ours, its = getattr(cfg, name), taught.get(name, getattr(cfg, name))
@@ -283,8 +284,10 @@ def check_memory(cfg: TrainConfig, model: Qwen2Config, device: torch.device) -> 
         n_tokens = max(n_tokens, cfg.pretrain_batch_size * cfg.max_length)
     windows = max(cfg.batch_size * cfg.grad_accum, cfg.eval_windows)
     learning = cfg.trainable == "all" or cfg.model_path is None
+    adapters = lora.n_weights(model, cfg.lora_rank)
     flops.refuse_beyond_memory(model, device, n_tokens, cfg.checkpointing,
-                               windows * (16 * window + 4 * drawn), learning)
+                               windows * (16 * window + 4 * drawn), learning,
+                               adapters if cfg.model_path else 0)
 
 
 def open_splits(cfg: TrainConfig, folder: Path) -> dict[str, TokenDataset]:
@@ -343,6 +346,8 @@ def prepare(cfg: TrainConfig, log: RunLog, signals: Signals, device: torch.devic
         log.say(f"warning: {cfg.data} was prepared without the beginning-of-text token "
                 f"({tokenizer.decode(first, skip_special_tokens=False)}) that this model knows "
                 "before every document: prepare it again")
+    if cfg.lora_rank:
+        lora.add(model.lm, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     speed_up(model, device, cfg.checkpointing, cfg.compile)
     log.say(f"{log.folder}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, "
             f"{data.n_tokens:,} training tokens, {device}, {torch.get_num_threads()} threads")
@@ -364,7 +369,7 @@ def pretrain(this: Run) -> None:
     if this.origin is not None or not cfg.pretrain_steps:
         return
     train(this, dataclasses.replace(
-        cfg, n_ahead=0, trainable="all", max_steps=cfg.pretrain_steps,
+        cfg, n_ahead=0, trainable="all", lora_rank=0, max_steps=cfg.pretrain_steps,
         batch_size=cfg.pretrain_batch_size, grad_accum=1, learning_rate=cfg.pretrain_learning_rate,
         warmup_steps=30, schedule="cosine", beta2=0.99, weight_decay=0.01, save_every=1000),
         "pretrain")

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from nanoqstar import InputError
+from nanoqstar import InputError, lora
 from nanoqstar.files import lock, read_json, shown, sync, write_json
 from nanoqstar.hub import fetch, hub_id
 from nanoqstar.quietstar import QuietStar
@@ -46,7 +46,7 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
               "chat_template.json", "generation_config.json")  # for transformers: taken along
 OURS = ("config.json", "tokenizer.json", "model.safetensors", "quietstar.safetensors",
-        "nanoqstar.json", *COMPANIONS)
+        "nanoqstar.json", "adapter", *COMPANIONS)
 FILES = [*OURS, "model-*.safetensors", "model.safetensors.index.json"]
 TRIES = 5  # to read a folder that is replaced meanwhile
 
@@ -258,8 +258,9 @@ def save(folder: str | os.PathLike, model: QuietStar, tokenizer: Tokenizer, *,
                 shutil.rmtree(new, ignore_errors=True)
                 new.mkdir()
                 write(new, model, tokenizer, thinking, source)
+                lora.save(new / "adapter", model.lm, base_of(folder, config, source))
                 write_json(new / "nanoqstar.json", {"step": step, "config": dict(config)})
-                for file in (*new.iterdir(), new):
+                for file in (*new.rglob("*"), new):
                     sync(file)
                 if folder.exists():
                     retire(old, folder)
@@ -279,6 +280,14 @@ def save(folder: str | os.PathLike, model: QuietStar, tokenizer: Tokenizer, *,
             work.rmdir()
 
 
+def base_of(folder: Path, config: Mapping[str, Any], source: Path | None) -> str:
+    """What a run's adapters belong to: the Hub's id, the model's folder, or its own base/."""
+    given = config.get("model_path")
+    if given and not os.path.isdir(newest(Path(given))):
+        return given
+    return str(source or folder.parent / "base")
+
+
 def retire(old: Path, folder: Path) -> None:
     """Deletes the save that was put aside; what others have put into it moves on to `folder`."""
     with suppress(OSError):  # then the next save tries again
@@ -290,7 +299,7 @@ def retire(old: Path, folder: Path) -> None:
 def write(folder: Path, model: QuietStar, tokenizer: Tokenizer, thinking: Thinking | None,
           source: Path | None) -> None:
     """Config, tokenizer and weights into an empty folder."""
-    lm, end = model.lm, end_of_text_id(tokenizer)
+    lm, weights, end = model.lm, lora.merged(model.lm), end_of_text_id(tokenizer)
     kind = "qwen2" if lm.config.attention_bias else "mistral"
     ids: dict[str, Any] = {"bos_token_id": beginning_ids(tokenizer)[:1],
                            "eos_token_id": [] if end is None else [end], "pad_token_id": []}
@@ -310,12 +319,12 @@ def write(folder: Path, model: QuietStar, tokenizer: Tokenizer, thinking: Thinki
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     write_json(folder / "config.json", {
         "architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind,
-        "hidden_act": "silu", "torch_dtype": str(lm.head_weight.dtype).removeprefix("torch."),
-        **asdict(lm.config), **ids})
+        "hidden_act": "silu", **asdict(lm.config), **ids,
+        "torch_dtype": str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")})
 
     own = {n: x for n, x in model.state_dict().items() if thinking and not n.startswith("lm.")}
     settings = {k: str(v) for k, v in asdict(thinking).items()} if thinking else {}
-    for name, tensors, said in (("model", lm.state_dict(), {}), ("quietstar", own, settings)):
+    for name, tensors, said in (("model", weights, {}), ("quietstar", own, settings)):
         file = folder / f"{name}.safetensors"
         if tensors:  # whose names are free of the prefixes of wrapped blocks
             save_file({n: x.detach().contiguous() for n, x in tensors.items()}, file,

@@ -13,9 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm"}
 GUARDED = {"pyarrow", "wandb"}  # optional extras, inside functions only
-ORDER = ["cli", "files", "device", "qwen2", "thoughts", "attention", "head", "objective", "dataset",
-         "quietstar", "sampling", "evaluate", "flops", "hub", "tokenizer", "weights", "hf",
-         "runlog", "bench", "experiments"]  # a module imports from those before it
+ORDER = ["cli", "files", "device", "qwen2", "lora", "thoughts", "attention", "head", "objective",
+         "dataset", "quietstar", "sampling", "evaluate", "flops", "hub", "tokenizer", "weights",
+         "hf", "runlog", "bench", "experiments"]  # a module imports from those before it
 LIGHT = {"nanoqstar", "nanoqstar.cli", "nanoqstar.files"}  # the standard library and each other
 SCRIPTS = ("train.py", "sample.py", "data/prepare.py", "nanoqstar.bench", "nanoqstar.experiments")
 FILES = [*sorted((ROOT / "nanoqstar").glob("*.py")), *sorted((ROOT / "data").glob("*.py")),
