@@ -200,7 +200,8 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> None:
                     "these updates changed nothing")
             if done % cfg.log_every == 0 or done == last:
                 work = flops.of_update(model.lm.config, n_windows, cfg.max_length, cfg.n_ahead,
-                                       cfg.n_ahead_talk, cfg.n_passes, float(stats.get("live", 1)))
+                                       cfg.n_ahead_talk, cfg.n_passes, float(stats.get("live", 1)),
+                                       cfg.lora_rank > 0)
                 log.update(phase, done, last, n_windows * cfg.max_length, work, thoughts, stats | {
                     "grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped})
             else:

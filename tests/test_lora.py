@@ -9,14 +9,16 @@ import golden
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_flops import SMALL, drawn, products
 from test_golden import CASES
 from test_hf import IDS, random_model, store
 from test_quietstar import our_loss
 from test_train import TINY, setup, small, start, update
+from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 import train as script
-from nanoqstar import InputError, flops, hf, lora, quietstar
+from nanoqstar import InputError, bench, flops, hf, lora, quietstar
 from nanoqstar.attention import dense
 from nanoqstar.device import speed_up
 from nanoqstar.qwen2 import Qwen2Config
@@ -265,6 +267,31 @@ def test_memory_of_frozen_weights(monkeypatch, device):
     refuse(needed + activations)
     with pytest.raises(InputError):
         refuse(needed + activations - 1)
+
+
+@pytest.mark.parametrize("n_ahead", [0, SMALL.n_ahead])
+def test_flops_that_frozen_weights_spare_are_those_that_torch_counts(n_ahead):
+    """Exactly: of three products one. Torch leaves out that of the head's weight, done in place."""
+    sizes = (SMALL.batch_size, SMALL.max_length, n_ahead, SMALL.n_ahead_talk, SMALL.n_passes)
+    model, (text, docs, u, counts) = bench.make_model(SMALL, CPU), drawn(SMALL)
+    thoughts, sampled_lp = model.rollout(text, docs, u)
+    counted, expected = [], []
+    for frozen in (False, True):
+        for name, p in model.named_parameters():  # gradients flow as with adapters
+            p.requires_grad_(lora.learns(name, RANK * frozen) or "embed_tokens" in name)
+        with FlopCounterMode(display=False) as counter:
+            loss, stats = (
+                model.loss(text, docs, thoughts, sampled_lp, counts, quietstar.Objective())
+                if n_ahead else model.text_loss(text, docs, counts, SMALL.n_ahead_talk))
+            loss.backward()
+        live = float(stats.get("live", 1))
+        counted.append(products(counter))
+        expected.append(flops.of_update(SMALL.model, *sizes, live, frozen))
+    n, layout = SMALL.batch_size * SMALL.max_length, SMALL.layout
+    rows = n if not n_ahead else SMALL.batch_size * layout.n_text + n * SMALL.n_passes * (
+        SMALL.n_ahead_talk + live * layout.n_sampled)
+    head = 2 * rows * SMALL.model.hidden_size * SMALL.model.vocab_size
+    assert expected[0] - expected[1] == pytest.approx(counted[0] - counted[1] + head, rel=1e-6)
 
 
 # ---- a run, and what it saves
