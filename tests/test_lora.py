@@ -64,6 +64,14 @@ def gradients(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that pre-trained a model and taught adapters of it to think."""
+    out = tmp_path_factory.mktemp("lora") / "run"
+    assert start(out, **LORA) == 0
+    return out
+
+
 # ---- what they compute
 
 
@@ -251,6 +259,22 @@ def test_updates_leave_the_model_as_it_is(tmp_path):
         assert (p in optimizer.state) == (not frozen)
 
 
+@pytest.mark.parametrize(("device", "rank", "dtype"), [
+    ("cuda", 4, torch.bfloat16), ("cuda", 0, torch.float32), ("cpu", 4, torch.float32)])
+def test_a_frozen_model_is_loaded_in_bf16_on_cuda(run, monkeypatch, device, rank, dtype):
+    seen = []
+
+    def load(path, device, dtype, tokenizer):
+        seen.append(dtype)
+        raise InputError("enough")
+    monkeypatch.setattr(script, "pick_device", lambda _: torch.device(device))
+    monkeypatch.setattr(script, "check_memory", lambda *_: None)
+    monkeypatch.setattr(hf, "load_thinker", load)
+    with pytest.raises(InputError, match="enough"):
+        script.check(small(model_path=str(run), lora_rank=rank))
+    assert seen == [dtype]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_memory_of_frozen_weights(monkeypatch, device):
     """Neither gradients nor moments, and two bytes each on a GPU; the adapters have all of it."""
@@ -295,14 +319,6 @@ def test_flops_that_frozen_weights_spare_are_those_that_torch_counts(n_ahead):
 
 
 # ---- a run, and what it saves
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run that pre-trained a model and taught adapters of it to think."""
-    out = tmp_path_factory.mktemp("lora") / "run"
-    assert start(out, **LORA) == 0
-    return out
 
 
 def test_a_run_saves_the_merged_model_and_its_adapters(run):
@@ -353,8 +369,9 @@ def test_sample_and_another_run_start_from_the_merged_model(run, tmp_path, capsy
     assert 0 < (again[name] - before[name]).abs().max() < 1
 
 
-def test_saving_again_replaces_the_adapters_and_none_leave_none(tmp_path):
-    folder, model = tmp_path / "model", random_model()
+def test_saving_again_replaces_the_adapters_and_none_leave_none(tmp_path, monkeypatch):
+    folder, model, synced = tmp_path / "model", random_model(), []
+    monkeypatch.setattr(hf, "sync", lambda path: synced.append(path.name))
     source = store(tmp_path / "source", model)
     add(model)
     for seed in (1, 2):
@@ -366,6 +383,7 @@ def test_saving_again_replaces_the_adapters_and_none_leave_none(tmp_path):
         assert (next(x for n, x in stored.items() if "q_proj.lora_A" in n) == seed).all()
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "owner/name"  # not the cache that it lies in
+    assert synced.count("adapter_model.safetensors") == synced.count("adapter") == 2
     store(folder, random_model())
     assert not (folder / "adapter").exists()
 
