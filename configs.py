@@ -12,6 +12,7 @@ FOLD = When("the embedded corpus (data fold)", lambda c: c.data == "fold")
 THOUGHTS = When("thoughts (n_ahead above 0)", lambda c: c.n_ahead > 0)
 RESUMED = When("resume", lambda c: c.resume is not None)
 NEW_RUN = When("a new run, or resume auto", lambda c: c.resume in (None, "auto"))
+ADAPTERS = When("adapters (lora_rank above 0)", lambda c: c.lora_rank > 0)
 DATASET = When("a Hugging Face dataset (input none)", lambda c: c.input is None)
 Device = Literal["auto", "cuda", "mps", "cpu"]
 AUTO = "auto: the first of cuda, mps, cpu there is"
@@ -87,6 +88,11 @@ class TrainConfig:
         "of from the model (one token: fixed thoughts)", escapes=True, when=THOUGHTS)
     trainable: Literal["all", "thoughts", "mixing_head"] = setting(
         "all", "control experiment: what learns; thoughts: start, end and mixing head")
+    lora_rank: int = setting(
+        0, "LoRA: adapters of this rank learn in every block instead of the model, which stays as "
+        "it is, in bf16 on CUDA if it comes from model_path; 0: none", at_least=0)
+    lora_alpha: int = setting(32, "what they add is scaled by lora_alpha / lora_rank", at_least=1,
+                              at_most=10**6, when=ADAPTERS)
 
     # ---- optimization
     max_steps: int = setting(100_000, "updates of this run", at_least=1, at_most=10**9)
@@ -170,6 +176,10 @@ class TrainConfig:
         if self.n_ahead == 0 and self.trainable != "all":
             raise InputError(f"trainable={self.trainable}: without thoughts (n_ahead=0) only the "
                              "whole model can learn")
+        if self.lora_rank and (self.trainable != "all"
+                               or (self.model_path is None and not self.pretrain_steps)):
+            raise InputError(f"lora_rank={self.lora_rank}: adapters need trainable=all and a model "
+                             "that has learned before (model_path, or pretrain_steps above 0)")
         if self.normalize_advantage and self.grad_accum > 1:
             raise InputError("normalize_advantage takes each forward by itself: set grad_accum 1 "
                              "and a larger batch_size")

@@ -44,7 +44,7 @@ import torch
 from tqdm import tqdm
 
 from data import fold
-from nanoqstar import flops
+from nanoqstar import flops, lora
 from nanoqstar.dataset import TokenDataset, prefetched
 from nanoqstar.objective import Objective, Valid
 from nanoqstar.quietstar import QuietStar, uniforms
@@ -129,7 +129,7 @@ def make_optimizer(model: QuietStar, cfg: TrainConfig) -> torch.optim.AdamW:
               "delimiters": (cfg.embedding_lr_factor, cfg.weight_decay / cfg.embedding_lr_factor)}
     members: dict[str, list[torch.Tensor]] = {name: [] for name in groups}
     for name, p in model.named_parameters():
-        p.requires_grad_(not name.startswith(frozen) if frozen else True)
+        p.requires_grad_(not name.startswith(frozen) and lora.learns(name, cfg.lora_rank))
         if p.requires_grad:
             members[kind(name, p)].append(p)
     return torch.optim.AdamW(
@@ -178,7 +178,8 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> Progress:
             done = at.update
             if done % cfg.log_every == 0 or done == last:
                 work = flops.of_update(model.lm.config, n_windows, cfg.max_length, cfg.n_ahead,
-                                       cfg.n_ahead_talk, cfg.n_passes, float(stats.get("live", 1)))
+                                       cfg.n_ahead_talk, cfg.n_passes, float(stats.get("live", 1)),
+                                       cfg.lora_rank > 0)
                 log.update(phase, done, last, n_windows * cfg.max_length, work, thoughts, stats | {
                     "grad_norm": grad_norm, "learning_rate": lr, "skipped": at.skipped,
                     **({"spikes": at.spikes} if cfg.skip_spikes else {})})
@@ -202,7 +203,7 @@ def pretrain(this: Run) -> None:
             or (this.state and this.state[1]["progress"].phase != "pretrain")):
         return
     train(this, dataclasses.replace(
-        cfg, n_ahead=0, trainable="all", max_steps=cfg.pretrain_steps,
+        cfg, n_ahead=0, trainable="all", lora_rank=0, max_steps=cfg.pretrain_steps,
         batch_size=cfg.pretrain_batch_size, grad_accum=1, learning_rate=cfg.pretrain_learning_rate,
         warmup_steps=30, schedule="cosine", beta2=0.99, weight_decay=0.01), "pretrain")
     this.init_thoughts()  # from the embeddings as they are now

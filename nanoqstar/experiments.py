@@ -50,6 +50,7 @@ RECIPE = {
     "embedding learning rate x1": "--embedding_lr_factor 1",
     "embedding learning rate x100 *": "--embedding_lr_factor 100",
     "4 passes, half the windows": "--n_passes 4 --batch_size 8",
+    "LoRA of rank 8": "--lora_rank 8",
     "lookahead 1": "--n_ahead_talk 1",
     "lookahead 3": "--n_ahead_talk 3",
     "lookahead 4 *": "--n_ahead_talk 4",

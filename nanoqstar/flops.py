@@ -1,5 +1,8 @@
 """What a step costs before it is run: FLOPs, and a lower bound of its memory."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from nanoqstar import InputError
@@ -33,11 +36,19 @@ def forward_flops(model: Qwen2Config, n_tokens: int, n_rows: float, n_pairs: int
     return round(2 * (block_weights(model) * n_tokens + head * n_rows)) + pair * n_pairs
 
 
-def thinking_flops(model: Qwen2Config, layout: ThoughtLayout, batch: int, live: float = 1.0
-                   ) -> tuple[int, int]:
+def learning_flops(model: Qwen2Config, n_tokens: int, n_rows: float, n_pairs: int,
+                   frozen: bool = False) -> int:
+    """Of forward and backward, 3 x forward; frozen: weights that have no gradients (what adapters
+    cost is left out)."""
+    spared = forward_flops(model, n_tokens, n_rows, 0) if frozen else 0
+    return 3 * forward_flops(model, n_tokens, n_rows, n_pairs) - spared
+
+
+def thinking_flops(model: Qwen2Config, layout: ThoughtLayout, batch: int, live: float = 1.0,
+                   frozen: bool = False) -> tuple[int, int]:
     """Useful FLOPs of (sampling, learning): products with weights and visible attention pairs.
 
-    Nothing counts twice. Learning is forward and backward (3 x forward), whatever is recomputed;
+    Nothing counts twice. Learning is forward and backward, whatever is recomputed;
     only rows whose logits are used count for the LM head: of the thoughts, the share `live` that
     has an advantage. Start is counted once for all passes, as it is computed.
     """
@@ -45,29 +56,30 @@ def thinking_flops(model: Qwen2Config, layout: ThoughtLayout, batch: int, live: 
     text_pairs = layout.n_text * (layout.n_text + 1) // 2
     seen = t * (t + 1) // 2  # text pairs of one token per position
 
-    def forward(branch: int, n_rows: float) -> int:
+    def flops(count: Callable[..., int], branch: int, n_rows: float) -> int:
         n_tokens = layout.n_text + t * (1 + p * branch)
         own = t * (1 + p * (branch * (branch + 3) // 2))  # pairs within the groups
-        return forward_flops(model, n_tokens, n_rows, text_pairs + seen * (1 + p * branch) + own)
+        return count(model, n_tokens, n_rows, text_pairs + seen * (1 + p * branch) + own)
 
-    sampling = forward(s - 1, t * (1 + p * (s - 1)))
-    learning = 3 * forward(s + a, layout.n_text + t * p * (s * live + a))
+    sampling = flops(forward_flops, s - 1, t * (1 + p * (s - 1)))
+    learning = flops(partial(learning_flops, frozen=frozen), s + a,
+                     layout.n_text + t * p * (s * live + a))
     return batch * sampling, batch * learning
 
 
-def text_flops(model: Qwen2Config, n_positions: int, batch: int) -> int:
+def text_flops(model: Qwen2Config, n_positions: int, batch: int, frozen: bool = False) -> int:
     """Those of plain training on windows of n_positions tokens."""
     n_pairs = n_positions * (n_positions + 1) // 2
-    return 3 * batch * forward_flops(model, n_positions, n_positions, n_pairs)
+    return batch * learning_flops(model, n_positions, n_positions, n_pairs, frozen)
 
 
 def of_update(model: Qwen2Config, n_windows: int, n_positions: int, n_ahead: int, n_ahead_talk: int,
-              n_passes: int, live: float) -> int:
+              n_passes: int, live: float, frozen: bool = False) -> int:
     """Useful FLOPs of an update, with thoughts or (n_ahead 0) without."""
     if n_ahead == 0:
-        return text_flops(model, n_positions, n_windows)
+        return text_flops(model, n_positions, n_windows, frozen)
     layout = ThoughtLayout(n_ahead, n_ahead_talk, n_passes, n_positions)
-    return sum(thinking_flops(model, layout, n_windows, live))
+    return sum(thinking_flops(model, layout, n_windows, live, frozen))
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -79,20 +91,23 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def refuse_beyond_memory(model: Qwen2Config, device: torch.device, n_tokens: int,
-                         checkpointing: float, host_bytes: int, learning: bool = True) -> None:
+                         checkpointing: float, host_bytes: int, learning: bool = True,
+                         adapters: int = 0) -> None:
     """InputError where even less than a step can need is more than there is.
 
     Counted: fp32 weights and, if the language model is `learning`, gradients, two Adam moments, and
     of n_tokens packed tokens the inputs of the blocks, which no recomputation saves, and in bf16
-    the queries, attention's outputs and SwiGLU's two inner products. host_bytes: of the windows and
-    random numbers that wait.
+    the queries, attention's outputs and SwiGLU's two inner products. adapters: numbers that learn
+    in the model's place, which is in bf16 on a GPU then. host_bytes: of the windows and random
+    numbers that wait.
     """
     width = model.num_attention_heads * model.head_dim
     kept = 4 * model.hidden_size + round(
         (1 - checkpointing) * 4 * (width + model.intermediate_size))  # bytes of a token in a block
-    needed = 4 * n_parameters(model)
+    needed = n_parameters(model) * (2 if adapters and device.type == "cuda" else 4)
     if learning:
-        needed = 4 * needed + n_tokens * model.num_hidden_layers * kept
+        needed = 16 * adapters + needed * (1 if adapters else 4)
+        needed += n_tokens * model.num_hidden_layers * kept
     for what, size, there in (
             ("the model and one forward", needed, total_memory(device)),
             ("the windows of an update or evaluation", host_bytes,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from nanoqstar import InputError
+from nanoqstar import InputError, lora
 from nanoqstar.files import lock, read_json, shown, sync, write_json
 from nanoqstar.hub import fetch, hub_id
 from nanoqstar.quietstar import QuietStar
@@ -46,7 +46,7 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
               "chat_template.json", "generation_config.json")  # for transformers: taken along
 OURS = ("config.json", "tokenizer.json", "model.safetensors", "quietstar.safetensors",
-        "nanoqstar.json", *COMPANIONS)
+        "nanoqstar.json", "adapter", *COMPANIONS)
 FILES = [*OURS, "model-*.safetensors", "model.safetensors.index.json"]
 TRIES = 5  # to read a folder that is replaced meanwhile
 
@@ -235,12 +235,13 @@ def read(folder: Path, device: str | torch.device, dtype: torch.dtype,
 
 
 def save(folder: str | os.PathLike, model: QuietStar, tokenizer: Tokenizer, *,
-         thinking: Thinking | None, step: int, config: Mapping[str, Any], source: Path | None
-         ) -> None:
+         thinking: Thinking | None, step: int, config: Mapping[str, Any], source: Path | None,
+         dtype: Literal["fp32", "bf16"] = "fp32") -> None:
     """Writes a folder that `load_thinker` and transformers read; one we wrote earlier is replaced.
 
     thinking: how start, end and mixing head were trained, or None for the language model alone.
-    source: the model folder it came from, whose files for transformers go along. At any moment
+    source: the model folder it came from, whose files for transformers go along. dtype: of the
+    language model's weights; fp32: as they are, those with adapters merged in fp32. At any moment
     `load_thinker` finds the earlier folder or the new one, whole. What others have put into the
     folder stays in it. Raises OSError, with the earlier one in place, where writing fails, and
     InputError where the folder is not ours or another process is saving into it.
@@ -257,9 +258,10 @@ def save(folder: str | os.PathLike, model: QuietStar, tokenizer: Tokenizer, *,
             try:
                 shutil.rmtree(new, ignore_errors=True)
                 new.mkdir()
-                write(new, model, tokenizer, thinking, source)
+                write(new, model, tokenizer, thinking, source, dtype)
+                lora.save(new / "adapter", model.lm, base_of(folder, config, source))
                 write_json(new / "nanoqstar.json", {"step": step, "config": dict(config)})
-                for file in (*new.iterdir(), new):
+                for file in (*new.rglob("*"), new):
                     sync(file)
                 if folder.exists():
                     retire(old, folder)
@@ -279,6 +281,14 @@ def save(folder: str | os.PathLike, model: QuietStar, tokenizer: Tokenizer, *,
             work.rmdir()
 
 
+def base_of(folder: Path, config: Mapping[str, Any], source: Path | None) -> str:
+    """What a run's adapters belong to: the Hub's id, the model's folder, or its own base/."""
+    given = config.get("model_path")
+    if given and not os.path.isdir(newest(Path(given))):
+        return given
+    return str(source or folder.parent / "base")
+
+
 def retire(old: Path, folder: Path) -> None:
     """Deletes the save that was put aside; what others have put into it moves on to `folder`."""
     with suppress(OSError):  # then the next save tries again
@@ -288,9 +298,11 @@ def retire(old: Path, folder: Path) -> None:
 
 
 def write(folder: Path, model: QuietStar, tokenizer: Tokenizer, thinking: Thinking | None,
-          source: Path | None) -> None:
+          source: Path | None, dtype: str) -> None:
     """Config, tokenizer and weights into an empty folder."""
-    lm, end = model.lm, end_of_text_id(tokenizer)
+    lm, weights, end = model.lm, lora.merged(model.lm), end_of_text_id(tokenizer)
+    if dtype == "bf16":
+        weights = {name: x.bfloat16() for name, x in weights.items()}
     kind = "qwen2" if lm.config.attention_bias else "mistral"
     ids: dict[str, Any] = {"bos_token_id": beginning_ids(tokenizer)[:1],
                            "eos_token_id": [] if end is None else [end], "pad_token_id": []}
@@ -310,12 +322,12 @@ def write(folder: Path, model: QuietStar, tokenizer: Tokenizer, thinking: Thinki
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     write_json(folder / "config.json", {
         "architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind,
-        "hidden_act": "silu", "torch_dtype": str(lm.head_weight.dtype).removeprefix("torch."),
-        **asdict(lm.config), **ids})
+        "hidden_act": "silu", **asdict(lm.config), **ids,
+        "torch_dtype": str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")})
 
     own = {n: x for n, x in model.state_dict().items() if thinking and not n.startswith("lm.")}
     settings = {k: str(v) for k, v in asdict(thinking).items()} if thinking else {}
-    for name, tensors, said in (("model", lm.state_dict(), {}), ("quietstar", own, settings)):
+    for name, tensors, said in (("model", weights, {}), ("quietstar", own, settings)):
         file = folder / f"{name}.safetensors"
         if tensors:  # whose names are free of the prefixes of wrapped blocks
             save_file({n: x.detach().contiguous() for n, x in tensors.items()}, file,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from nanoqstar import InputError, evaluate, flops, hf
+from nanoqstar import InputError, evaluate, flops, hf, lora
 from nanoqstar.dataset import TokenDataset
 from nanoqstar.device import pick_device, pick_threads, speed_up
 from nanoqstar.quietstar import QuietStar, Rollout, draw_from
@@ -46,7 +46,8 @@ def check(cfg: Any) -> tuple[torch.device, Splits | None, Loaded | None]:
         hf.check_context(config := hf.read_config(hf.resolve(cfg.model_path)),
                          cfg.max_length + cfg.n_ahead_talk + cfg.n_ahead)
         check_memory(cfg, config, device)
-        loaded = hf.load_thinker(cfg.model_path, device, tokenizer=cfg.tokenizer)
+        dtype = torch.bfloat16 if cfg.lora_rank and device.type == "cuda" else torch.float32
+        loaded = hf.load_thinker(cfg.model_path, device, dtype, tokenizer=cfg.tokenizer)
         taught = loaded[2].config
         for name in ("seed", "fold_operations", "fold_ordinary_frac"):  # its table and alphabet
             ours, its = getattr(cfg, name), taught.get(name, getattr(cfg, name))
@@ -68,8 +69,10 @@ def check_memory(cfg: Any, model: Qwen2Config, device: torch.device) -> None:
         n_tokens = max(n_tokens, cfg.pretrain_batch_size * cfg.max_length)
     windows = max(cfg.batch_size * cfg.grad_accum, cfg.eval_windows)
     learning = cfg.trainable == "all" or cfg.model_path is None
+    adapters = lora.n_weights(model, cfg.lora_rank)
     flops.refuse_beyond_memory(model, device, n_tokens, cfg.checkpointing,
-                               windows * (16 * window + 4 * drawn), learning)
+                               windows * (16 * window + 4 * drawn), learning,
+                               adapters if cfg.model_path else 0)
 
 
 def open_splits(cfg: Any, folder: Path) -> Splits:
@@ -266,6 +269,8 @@ def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.
         log.say(f"warning: {cfg.data} was prepared without the beginning-of-text token "
                 f"({tokenizer.decode(first, skip_special_tokens=False)}) that this model knows "
                 "before every document: prepare it again")
+    if cfg.lora_rank:
+        lora.add(model.lm, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     speed_up(model, device, cfg.checkpointing, cfg.compile)
     log.say(f"{log.folder}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, "
             f"{data.n_tokens:,} training tokens, {device}, {torch.get_num_threads()} threads")

@@ -13,13 +13,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from nanoqstar import InputError, hf
+from nanoqstar import InputError, hf, lora
 from nanoqstar.cli import OUT_OF_MEMORY, Interrupted, is_out_of_memory
 from nanoqstar.files import LOCK, lock, write_json
 from nanoqstar.quietstar import QuietStar
@@ -264,9 +264,9 @@ class RunLog:
             first = at.phase == "pretrain"
             folder = self.folder / ("base" if first else "checkpoint")
             if self.guard(f"update {at.update} could not be saved", hf.save, folder,
-                          stand_in(model, tensors, self.config.get("save_dtype")), tokenizer,
+                          stand_in(model, tensors, self.config.get("lora_rank", 0)), tokenizer,
                           thinking=thinking, step=0 if first else at.update, config=self.config,
-                          source=source):
+                          source=source, dtype=self.config.get("save_dtype", "fp32")):
                 self.saved = folder, at.update
 
         thread = ThreadPoolExecutor(1)
@@ -340,14 +340,14 @@ class RunLog:
         return time.perf_counter() - self.start
 
 
-def stand_in(model: QuietStar, tensors: Mapping[str, torch.Tensor], dtype: str | None) -> QuietStar:
-    """A model of these tensors, the language model's as bf16 where that is the dtype wanted."""
+def stand_in(model: QuietStar, tensors: Mapping[str, torch.Tensor], lora_rank: int) -> QuietStar:
+    """A model of these tensors, which may be copies of the model's own."""
     with torch.device("meta"):
         copy = QuietStar(Qwen2(model.lm.config), model.thought_temperature)
+    if lora_rank:
+        lora.add(copy.lm, lora_rank, cast(int, model.lm.lora_alpha))
     copy.load_state_dict({name: x.detach() for name, x in tensors.items() if "@" not in name},
                          assign=True)
-    if dtype == "bf16":
-        copy.lm.bfloat16()
     return copy
 
 

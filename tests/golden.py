@@ -28,8 +28,8 @@ def relative_error(ours, reference):
     return error if error == error else float("inf")  # NaN is no agreement
 
 
-def check(path):
-    """{what: worst relative error} of one case; both policy weights."""
+def check(path, wrap=lambda model: None):
+    """{what: worst relative error} of one case; both policy weights. wrap: done to the model."""
     case = json.loads(Path(path).read_text())
     t = load_file(Path(path).with_suffix(".safetensors"))
     n, n_talk, n_passes, hyper = (case[k] for k in ("n_ahead", "n_ahead_talk", "n_passes", "hyper"))
@@ -44,6 +44,8 @@ def check(path):
     lm, added = from_official(weights, scale=hyper["embedding_scale"])
     model.lm.load_state_dict(lm)
     model.load_state_dict(added, strict=False)
+    ours = dict(model.named_parameters())
+    wrap(model)
 
     # texts are unpadded: T = L-1 positions think; A-1 tokens of another document fill up the window
     ids = t["input_ids"].long()
@@ -93,7 +95,6 @@ def check(path):
         official = {k.split(".", 1)[1]: x for k, x in t.items()
                     if k.startswith(f"grad_beta{suffix}.")}
         gradients, added = from_official(official, scale=1 / hyper["embedding_scale"])
-        ours = dict(model.named_parameters())
         reference = {**{f"lm.{k}": x for k, x in gradients.items()}, **added}
         assert ours.keys() == reference.keys(), ours.keys() ^ reference.keys()
         for name, x in reference.items():
