@@ -217,7 +217,7 @@ def test_sample_token_by_hand(settings, expected, dtype):
 @pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.9}], ids=str)
 def test_no_draw_is_an_id_of_zero_probability(monkeypatch, u, expected, settings):
     """The lowest and the highest number that there is, the first and the last ids impossible."""
-    monkeypatch.setattr(sampling.torch, "rand", lambda shape, **options: torch.full(shape, u))
+    monkeypatch.setattr(sampling.torch, "rand", lambda *shape, **options: torch.full(shape, u))
     logits = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).log()
     assert sample_token(logits, **settings) == expected
 
