@@ -21,7 +21,7 @@ from nanoqstar.device import can_compile, compiled
 from nanoqstar.thoughts import Packing, query_rows, visible
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# of TwoPart: a piece's scores stay in the cache, its text keys end where its positions do
+# of TwoPart, a thread: a piece's scores stay in the cache, its text keys end where its positions do
 SCORES_PER_PIECE = 2**19
 
 
@@ -94,7 +94,7 @@ class TwoPart:
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         n, m = self.own_bias.shape  # queries and keys of a position
         scores = q.shape[0] * q.shape[1] * n * (self.packing.n_text + m)
-        pieces = self.pieces(max(1, SCORES_PER_PIECE // scores))
+        pieces = self.pieces(max(1, torch.get_num_threads() * SCORES_PER_PIECE // scores))
         return _InPieces.apply(q, k, v, pieces, self.packing.n_text)
 
     def pieces(self, size: int) -> list["Piece"]:

@@ -126,9 +126,9 @@ def seconds(function: Callable[..., Any], *args: torch.Tensor) -> float:
 
 
 def pieces(*tensors: torch.Tensor, dim: int = 0) -> Iterable[tuple[torch.Tensor, ...]]:
-    """The same rows of each, so few that they stay in the cache."""
+    """The same rows of each, so few that they stay in the cores' caches."""
     x = tensors[0]
-    n_rows = max(1, CACHED * x.shape[dim] // x.numel())
+    n_rows = max(1, torch.get_num_threads() * CACHED * x.shape[dim] // x.numel())
     return zip(*(x.split(n_rows, dim) for x in tensors), strict=True)
 
 
