@@ -38,7 +38,7 @@ def drawn(shape):
                                    replace(SMALL, n_passes=1, n_ahead=3, n_ahead_talk=1)])
 def test_useful_flops_are_those_that_torch_counts(monkeypatch, shape):
     """Products exactly; of attention, two-part computes a little more than is visible."""
-    monkeypatch.setattr(attention, "SCORES_PER_PIECE", 2**12)
+    monkeypatch.setattr(attention, "SCORES_PER_PIECE", 2**12 // torch.get_num_threads())
     model, (text, docs, u, counts) = bench.make_model(shape, CPU), drawn(shape)
     layout, n = shape.layout, shape.batch_size
     with FlopCounterMode(display=False) as counter:
