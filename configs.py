@@ -216,7 +216,7 @@ FOLD_RECIPE = TrainConfig(  # what suits a small model that learns fast, on the 
 H200 = TrainConfig(data="data/fineweb-edu", n_passes=4, checkpointing=1.0)
 PRESETS = {
     "tiny": Preset(replace(
-        FOLD_RECIPE, n_ahead=6, max_length=62, max_steps=160, batch_size=10, learning_rate=1e-3,
+        FOLD_RECIPE, n_ahead=6, max_length=62, max_steps=160, batch_size=16, learning_rate=1e-3,
         warmup_steps=10, eval_every=40, save_every=40),
         "2 CPU cores", "4 MB", "the embedded demo: thoughts become useful in minutes"),
     "small": Preset(replace(
