@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import train  # noqa: E402
@@ -105,29 +105,39 @@ def updates(tied, dtype):
     for step in range(UPDATES):
         batches, counts = train.load_batches(Texts(), "think", step, cfg)
         thoughts.clear()
-        hook = optimizer.register_step_pre_hook(lambda *_, step=step: found.update(
-            {f"{n}@grad{step}": parallel.whole(p.grad) for n, p in model.named_parameters()}))
+
+        def keep(*_, step=step):
+            for name, p in model.named_parameters():
+                found[f"{name}@grad{step}"] = parallel.whole(p.grad)
+        hook = optimizer.register_step_pre_hook(keep)
         calls = Calls()
         with calls if step == UPDATES - 1 else contextlib.nullcontext():
             stats, _, norm, taken = train.train_step(
                 model, optimizer, batches, counts, objective, 1e-2, cfg, rollout)
         hook.remove()
         assert taken
-        found |= {f"{k}{step}": x.double() for k, x in parallel.summed(stats).items()}
-        found |= {f"norm{step}": norm.double(),
-                  f"thoughts{step}": parallel.collect(torch.cat(thoughts), 4)}
+        found.update({f"{k}{step}": x.double() for k, x in parallel.summed(stats).items()})
+        found.update({f"norm{step}": norm.double(),
+                      f"thoughts{step}": parallel.collect(torch.cat(thoughts), 4)})
         text, docs = Texts().batch(0, "eval", 99, range(7), cfg.max_length + cfg.n_ahead_talk)
         with parallel.gathered(model):
             scores = evaluate.score_text(model, text, docs, cfg.n_ahead, cfg.n_ahead_talk,
                                          batch_size=2)
-        found |= {f"{k}@eval{step}": getattr(scores, k) for k in ("base_lp", "mixed_lp", "thoughts")}
-    found |= {n: parallel.whole(p.detach()) for n, p in model.named_parameters()}
+        found.update({f"{name}@eval{step}": getattr(scores, name)
+                      for name in ("base_lp", "mixed_lp", "thoughts")})
+    found.update({n: parallel.whole(p.detach()) for n, p in model.named_parameters()})
     return found | {"gathers": torch.tensor(gathers[-2 * len(batches):]),
                     "reduced": torch.tensor(calls.counts["_reduce_scatter_base_"])}
 
 
+def next_port():
+    """A group of the same processes that follows another one meets elsewhere."""
+    os.environ["MASTER_PORT"] = str(int(os.environ.get("MASTER_PORT", 0)) + 1)
+
+
 def compute(folder):
     """What `updates` finds, tied and untied, in fp32 and fp64, into files; by all ranks."""
+    next_port()
     with parallel.joined("cpu"):
         for tied, dtype in itertools.product((True, False), (torch.float32, torch.float64)):
             found = updates(tied, dtype)
@@ -155,6 +165,7 @@ def read_rows(folder):
     """A model folder, with fresh adapters, read by rows; ranks compare theirs to the whole."""
     whole, _, _ = hf.load_thinker(folder)
     lora.add(whole.lm, 2, 4, seed=3)
+    next_port()
     with parallel.joined("cpu"):
         weights.safe_open = Slices
 
@@ -180,6 +191,7 @@ def options(**changes):
 def run(out, stop=None, *args, **changes):
     """A run in this process; stop: (rank, call of train_step) before which it gets SIGTERM."""
     step, calls = train.train_step, itertools.count(1)
+    next_port()
 
     def hooked(*args):
         if stop and parallel.rank() == stop[0] and next(calls) == stop[1]:
@@ -205,7 +217,11 @@ def start(n, code, log):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = f"import faulthandler, sys; faulthandler.dump_traceback_later(280, exit=True); sys.path.insert(0, {str(Path(__file__).parent)!r}); import many\n{code}"
+    code = f"""import faulthandler, sys
+faulthandler.dump_traceback_later(280, exit=True)
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import many
+{code}"""
     with open(log, "w") as file:
         return [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=file, stderr=file,
                                  env=environment(n, rank, port)) for rank in range(n)]
@@ -239,3 +255,86 @@ def apart(one, other):
         return float("inf")
     return max(abs(x - y) / max(1, abs(y)) for a, b in zip(one, other, strict=True)
                for x, y in zip(numbers(a), numbers(b), strict=True))
+
+
+# ---- what takes long
+
+
+def state_of(out):
+    """Names and bytes of the newest state."""
+    newest = States(Path(out) / "state", 1).folders()[-1]
+    return newest.name, [(x.name, x.read_bytes()) for x in sorted(newest.glob("rank-*"))]
+
+
+def killed(work, number, wait):
+    """One of two processes gets a signal in mid-run: (exit codes, seconds until the other ended,
+    what it said). wait: the group's timeout, seconds."""
+    out, log = work / f"signal-{number}", work / f"log-{number}"
+    children = start(2, f"from datetime import timedelta\n"
+                     f"many.parallel.TIMEOUT = timedelta(seconds={wait})\n"
+                     f"sys.exit(many.run({str(out)!r}, max_steps=60))", log)
+    try:
+        while "think    13/60" not in log.read_text():
+            assert children[0].poll() is None, log.read_text()
+            time.sleep(0.02)
+        children[1].send_signal(number)
+        begun = time.monotonic()
+        code = children[0].wait(120)
+        return code, time.monotonic() - begun, log.read_text()
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def main():
+    wrong = []
+
+    def check(holds, what):
+        print("ok   " if holds else "WRONG", what, flush=True)
+        if not holds:
+            wrong.append(what)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                    "--master-port", "29611", "train.py"]
+
+        def by_torchrun(*args):
+            return subprocess.run([*torchrun, *args], cwd=ROOT, capture_output=True, text=True,
+                                  check=False, timeout=300,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+        done = by_torchrun(*options(out_dir=work / "run"))
+        check(done.returncode == 0 and done.stdout.count("s in all") == 1, "torchrun: a run")
+        done = by_torchrun(*options(out_dir=work / "odd", grad_accum=3, batch_size=1))
+        check(done.returncode == 1 and done.stderr.count("cannot share the 3 windows") == 1
+              and not (work / "odd").exists(), "torchrun: what N does not divide, said once")
+        done = by_torchrun("--resume", str(work / "run"))
+        check(done.stderr.count("nothing is left to do") == 1, "torchrun: a finished run, once")
+
+        straight = f"sys.exit(many.run({str(work / 'straight')!r}, max_steps=60))"
+        check(launch(2, straight, work / "log") == [0, 0], "60 updates on 2, undisturbed")
+        for number, wait in ((signal.SIGKILL, 600), (signal.SIGSTOP, 8)):
+            code, seconds, said = killed(work, number, wait)
+            out = work / f"signal-{number}"
+            check(code == 2 and "another process of this run" in said and seconds < 30,
+                  f"{number.name} to one: the other ends after {seconds:.1f} s, timeout {wait} s")
+            again = f"sys.exit(many.run(None, None, '--resume', {str(out)!r}))"
+            check(launch(2, again, work / "log") == [0, 0]
+                  and state_of(out) == state_of(work / "straight") and apart(
+                      out, work / "straight") == 0, f"{number.name}: gone on, bit for bit")
+        out = work / "second"
+        stopped = f"sys.exit(many.run({str(out)!r}, (1, 9), max_steps=60))"
+        again = f"sys.exit(many.run(None, None, '--resume', {str(out)!r}))"
+        check(launch(2, stopped, work / "log") == [143, 143], "SIGTERM to one: both exit with 143")
+        check(launch(2, again, work / "log") == [0, 0]
+              and state_of(out) == state_of(work / "straight"), "SIGTERM: gone on, bit for bit")
+        ends = [launch(4, "with many.parallel.joined('cpu'): many.parallel.first(list)",
+                       work / "log") for _ in range(10)]
+        check(ends == [[0] * 4] * 10, f"10 groups of 4 come and go: {Counter(map(str, ends))}")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

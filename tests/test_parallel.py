@@ -1,13 +1,11 @@
 """Several processes compute what one does: thoughts, gradients, evaluations, whole runs."""
 
-import math
-
 import pytest
 import torch
 from many import apart, compute, launch, rows, run
 from safetensors.torch import load_file
 
-from nanoqstar import InputError, hf, parallel
+from nanoqstar import hf
 from nanoqstar.state import States
 from nanoqstar.tokenizer import load_tokenizer
 
