@@ -8,7 +8,7 @@ to each other is JSON over gloo; a decision (an error, a signal, a save) is one 
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ def joined(device: str) -> Iterator[None]:
     except (Agreed, Interrupted) as end:
         if rank() == 0:
             raise
+        with suppress(RuntimeError):  # torchrun ends all once one has: the first one speaks before
+            exchange(None)
         raise SystemExit(getattr(end, "number", WRONG_INPUT - 128) + 128) from None
     except RuntimeError as error:
         if not is_lost(error):

@@ -305,7 +305,7 @@ def main():
         done = by_torchrun(*options(out_dir=work / "odd", grad_accum=3, batch_size=1))
         check(done.returncode == 1 and done.stderr.count("cannot share the 3 windows") == 1
               and not (work / "odd").exists(), "torchrun: what N does not divide, said once")
-        done = by_torchrun("--resume", str(work / "run"))
+        done = by_torchrun("--resume", str(work / "run"), "--max_steps", "10")
         check(done.stderr.count("nothing is left to do") == 1, "torchrun: a finished run, once")
 
         straight = f"sys.exit(many.run({str(work / 'straight')!r}, max_steps=60))"
