@@ -97,8 +97,8 @@ class TrainConfig:
     # ---- optimization
     max_steps: int = setting(100_000, "updates of this run", at_least=1, at_most=10**9)
     batch_size: int = setting(1, "windows per forward", at_least=1)
-    grad_accum: int = setting(1, "forwards per update; equals one batch of batch_size * grad_accum "
-                              "windows", at_least=1)
+    grad_accum: int = setting(1, "forwards per update, of all processes together; equals one batch "
+                              "of batch_size * grad_accum windows", at_least=1)
     learning_rate: float = setting(1e-6, "of AdamW after warmup (official: 1e-6)", above=0,
                                    at_most=1000)
     warmup_steps: int = setting(20, "updates of linear warmup (official: 20)", at_least=0)
@@ -242,9 +242,9 @@ PRESETS = {
     "qwen2_5_3b_math": Preset(
         replace(H200, model_path="Qwen/Qwen2.5-3B", data="data/open-web-math"), "1 H200",
         "49 GB + activations", "the main run on open-web-math, as in the paper"),
-    "qwen2_5_7b": Preset(replace(H200, model_path="Qwen/Qwen2.5-7B"), "several GPUs (not yet)",
+    "qwen2_5_7b": Preset(replace(H200, model_path="Qwen/Qwen2.5-7B", grad_accum=8), "2 to 8 H200",
                          "122 GB + activations",
-                         "larger than one GPU holds in fp32 masters: waits for FSDP2"),
+                         "by torchrun: larger than one GPU holds in fp32 masters"),
     "mistral_7b_paper": Preset(replace(
         H200, model_path="mistralai/Mistral-7B-v0.1", data="data/open-web-math-mistral", n_ahead=11,
         n_passes=2, max_length=252, grad_accum=8, max_steps=100, save_every=25),

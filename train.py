@@ -44,7 +44,7 @@ import torch
 from tqdm import tqdm
 
 from data import fold
-from nanoqstar import flops, lora
+from nanoqstar import flops, lora, parallel
 from nanoqstar.dataset import TokenDataset, prefetched
 from nanoqstar.objective import Objective, Valid
 from nanoqstar.quietstar import QuietStar, uniforms
@@ -57,16 +57,18 @@ from nanoqstar.state import read as read_state
 
 
 def load_batches(data: TokenDataset, phase: str, step: int, cfg: TrainConfig, pin: bool = False):
-    """An update's micro-batches, (text, docs[, uniforms of the thoughts]) each, and its counts.
+    """This rank's micro-batches of an update, (text, docs[, uniforms of the thoughts]) each, and
+    all ranks' counts: each has its share of the batch_size * grad_accum windows.
 
     pin: in page-locked memory, from where a GPU copies while it computes.
     """
-    batches, counts = [], torch.zeros(cfg.n_ahead_talk + 2, dtype=torch.long)
-    for first in range(0, cfg.batch_size * cfg.grad_accum, cfg.batch_size):
-        index = range(first, first + cfg.batch_size)
-        window = cfg.max_length + cfg.n_ahead_talk
-        tensors = [*data.batch(cfg.seed, phase, step, index, window)]
-        counts = counts + Valid.from_docs(tensors[1], cfg.n_ahead_talk).counts()
+    n_windows, window = cfg.batch_size * cfg.grad_accum, cfg.max_length + cfg.n_ahead_talk
+    text, docs = data.batch(cfg.seed, phase, step, range(n_windows), window)
+    counts = Valid.from_docs(docs, cfg.n_ahead_talk).counts()
+    batches, own = [], parallel.share(n_windows)
+    for first in own[::cfg.batch_size]:
+        index = range(first, min(first + cfg.batch_size, own.stop))
+        tensors = [text[index.start:index.stop], docs[index.start:index.stop]]
         if cfg.n_ahead:
             shape = (cfg.n_passes, cfg.max_length, cfg.n_ahead - 2)
             tensors.append(uniforms(cfg.seed, phase, step, index, shape))
@@ -79,12 +81,13 @@ def train_step(model, optimizer, batches, counts, objective, lr, cfg, rollout=No
     """One optimizer update (the paper's Algorithm 1).
 
     batches, counts: of `load_batches`. rollout: of the thoughts; default the model's own.
-    Returns the update's means (device tensors), the last thoughts, the gradient norm, and whether
-    it was finite and `largest` at most: if not, nothing was changed.
+    Returns this rank's share of the update's means (device tensors), its last thoughts, the norm of
+    the gradient, and whether it was finite and `largest` at most: if not, nothing was changed.
     """
     device, totals, thoughts = model.lm.head_weight.device, {}, None
     counts = counts.to(device)
-    for micro_batch in batches:
+    for n, micro_batch in enumerate(batches, 1):
+        parallel.reshard_after(model, n == len(batches))
         text, docs, *u = (x.to(device, non_blocking=True) for x in micro_batch)
         if cfg.n_ahead:
             thoughts, sampled_lp = (rollout or model.rollout)(text, docs, *u)  # think: (B, P, T, S)
@@ -95,7 +98,7 @@ def train_step(model, optimizer, batches, counts, objective, lr, cfg, rollout=No
         for key, value in stats.items():
             totals[key] = totals.get(key, 0.0) + value
     learning = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(learning, cfg.grad_clip)
+    grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_(learning, cfg.grad_clip))
     taken = bool(grad_norm.isfinite() & (grad_norm <= largest))  # waits for the device, once a step
     if taken:
         for group in optimizer.param_groups:
@@ -145,18 +148,19 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> Progress:
     """cfg.max_steps updates with evaluations, logging and saves on the way.
 
     phase: 'pretrain', 'think' or 'text'. first: updates before these. However it ends, what was
-    learned is saved.
+    learned is saved, unless other ranks know nothing of the end.
     """
     model, log, last = this.model, this.log, first + cfg.max_steps
     optimizer, rollout = make_optimizer(model, cfg), this.rollout
-    at = this.begin(phase, first, last, optimizer)
+    parallel.follow(model)
+    at = parallel.together(this.begin, phase, first, last, optimizer)
     begun, torn = at.update, []  # torn: between the first parameter's update and the last's
     optimizer.register_step_pre_hook(lambda *_: torn.append(True))
     objective = Objective(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Objective)})
     reading = partial(load_batches, this.splits["train"], phase, cfg=cfg,
                       pin=model.lm.head_weight.is_cuda)
-    steps = tqdm(range(begun, last), desc=phase, unit="step", disable=None, dynamic_ncols=True,
-                 initial=begun - first, total=cfg.max_steps)
+    steps = tqdm(range(begun, last), desc=phase, unit="step", dynamic_ncols=True,
+                 initial=begun - first, total=cfg.max_steps, disable=parallel.rank() > 0 or None)
     n_windows = cfg.batch_size * cfg.grad_accum
     log.start_clock(begun)
     try:
@@ -173,10 +177,11 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> Progress:
             largest = at.spike() if cfg.skip_spikes else math.inf
             stats, thoughts, grad_norm, taken = train_step(
                 model, optimizer, batches, counts, objective, lr, cfg, rollout, largest)
-            at.note(float(grad_norm), taken)
+            parallel.together(at.note, float(grad_norm), taken)
             torn.clear()
             done = at.update
             if done % cfg.log_every == 0 or done == last:
+                stats = parallel.summed(stats)
                 work = flops.of_update(model.lm.config, n_windows, cfg.max_length, cfg.n_ahead,
                                        cfg.n_ahead_talk, cfg.n_passes, float(stats.get("live", 1)),
                                        cfg.lora_rank > 0)
@@ -185,8 +190,9 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> Progress:
                     **({"spikes": at.spikes} if cfg.skip_spikes else {})})
             else:
                 log.sign_of_life(phase, done, last)
-    except BaseException:
-        if at.update > begun:
+    except BaseException as error:
+        if at.update > begun and (parallel.size() == 1 or isinstance(error, parallel.Agreed)
+                                  or this.signals.agreed):
             this.save(at, None if torn else optimizer)
         raise
     this.save(at, optimizer)
@@ -227,14 +233,23 @@ def find_state(cfg: TrainConfig, states: States) -> State | None:
 
 def run(name: str, cfg: TrainConfig) -> None:
     """Everything a configuration asks for."""
-    device, splits, loaded = check(cfg)
+    with parallel.joined(cfg.device):
+        run_on_all(name, cfg)
+
+
+def run_on_all(name: str, cfg: TrainConfig) -> None:
+    """The same, on each rank; the first one alone writes, but for states."""
+    device, splits, loaded = parallel.together(check, cfg)
     config = dataclasses.asdict(dataclasses.replace(cfg, resume=None, force=False))
     resume = str(run_of(cfg.resume)) if cfg.resume not in (None, "auto") else cfg.resume
-    with Signals().caught() as signals, run_folder(cfg.out_dir, name, resume) as folder:
+    with (Signals().caught() as signals,
+          parallel.firsts(run_folder(cfg.out_dir, name, resume)) as folder):
         with signals.at_once():
-            state = find_state(cfg, States(folder / "state", cfg.keep))
-            log = RunLog(folder, config, start_wandb(name, config) if cfg.wandb else None,
-                         flops.peak_flops(device), cfg.keep)
+            state = parallel.together(find_state, cfg, States(folder / "state", cfg.keep))
+            wandb = parallel.together(
+                lambda: start_wandb(name, config) if cfg.wandb and not parallel.rank() else None)
+            peak = (flops.peak_flops(device) or 0) * parallel.size() or None
+            log = RunLog(folder, config, wandb, peak, cfg.keep)
             this = prepare(cfg, fold.Corpus.of(cfg), log, signals, device, splits, loaded, state)
         with log.saying_what_is_kept():
             pretrain(this)

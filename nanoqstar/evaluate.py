@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from nanoqstar import InputError
+from nanoqstar import InputError, parallel
 from nanoqstar.device import autocast
 from nanoqstar.head import fp32_logits, weighted_log_probs
 from nanoqstar.objective import Valid
@@ -37,7 +37,8 @@ class TextScores:
 def score_text(model: QuietStar, text: torch.Tensor, docs: torch.Tensor, n_ahead: int,
                n_ahead_talk: int, *, seed: int = 0, batch_size: int = 16,
                sampler: Callable | None = None, choices: Iterable[int] | None = None) -> TextScores:
-    """Scores windows with one thought per position (on the CPU); n_ahead 0: without thoughts.
+    """Scores windows with one thought per position (on the CPU); n_ahead 0: without thoughts. Each
+    rank scores its share of them, and all get all.
 
     text, docs: (n, T+A) int64.  sampler(text, docs, uniforms) -> thoughts, log-probs; default the
     model's rollout.  choices: ids among which base_choice and mixed_choice choose.
@@ -58,9 +59,9 @@ def score_text(model: QuietStar, text: torch.Tensor, docs: torch.Tensor, n_ahead
             logits = fp32_logits(hidden.flatten(0, 1), head[ids])
         return ids[logits.argmax(-1)].view(hidden.shape[:-1])
 
-    batches = []
-    for start in range(0, len(text), batch_size):
-        x, d = (t[start:start + batch_size].to(head.device) for t in (text, docs))
+    batches, own = [], parallel.share(len(text))
+    for start in own[::batch_size]:
+        x, d = (t[start:min(start + batch_size, own.stop)].to(head.device) for t in (text, docs))
         valid, shape = Valid.from_docs(d, n_ahead_talk), (1, n_positions, max(0, n_ahead - 2))
         with autocast(head.device):
             if n_ahead:
@@ -84,7 +85,8 @@ def score_text(model: QuietStar, text: torch.Tensor, docs: torch.Tensor, n_ahead
                  "base_choice": likeliest(base[:, :n_positions]),
                  "mixed_choice": likeliest(mixed[:, :, 0])}
         batches.append({name: y.cpu() for name, y in batch.items()})
-    return TextScores(**{name: torch.cat([b[name] for b in batches]) for name in batches[0]})
+    return TextScores(**{name: parallel.collect(torch.cat([b[name] for b in batches]), len(text))
+                         for name in batches[0]})
 
 
 def standard_error(values: torch.Tensor, cluster: torch.Tensor) -> float | None:

@@ -92,21 +92,22 @@ def peak_flops(device: torch.device) -> float | None:
 
 def refuse_beyond_memory(model: Qwen2Config, device: torch.device, n_tokens: int,
                          checkpointing: float, host_bytes: int, learning: bool = True,
-                         adapters: int = 0) -> None:
+                         adapters: int = 0, ranks: int = 1) -> None:
     """InputError where even less than a step can need is more than there is.
 
     Counted: fp32 weights and, if the language model is `learning`, gradients, two Adam moments, and
     of n_tokens packed tokens the inputs of the blocks, which no recomputation saves, and in bf16
     the queries, attention's outputs and SwiGLU's two inner products. adapters: numbers that learn
-    in the model's place, which is in bf16 on a GPU then. host_bytes: of the windows and random
-    numbers that wait.
+    in the model's place, which is in bf16 on a GPU then. ranks: that share all of this, but for the
+    weights that a step gathers. host_bytes: of the windows and random numbers that wait.
     """
     width = model.num_attention_heads * model.head_dim
     kept = 4 * model.hidden_size + round(
         (1 - checkpointing) * 4 * (width + model.intermediate_size))  # bytes of a token in a block
     needed = n_parameters(model) * (2 if adapters and device.type == "cuda" else 4)
     if learning:
-        needed = 16 * adapters + needed * (1 if adapters else 4)
+        resident = 16 * adapters + needed * (1 if adapters else 4)
+        needed = resident if ranks == 1 else resident // ranks + needed
         needed += n_tokens * model.num_hidden_layers * kept
     for what, size, there in (
             ("the model and one forward", needed, total_memory(device)),

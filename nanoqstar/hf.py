@@ -6,7 +6,7 @@ what we save.
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from nanoqstar import InputError, lora
+from nanoqstar import InputError, lora, parallel
 from nanoqstar.files import lock, read_json, shown, sync, write_json
 from nanoqstar.hub import fetch, hub_id
 from nanoqstar.quietstar import QuietStar
@@ -160,6 +160,7 @@ def check_context(config: Qwen2Config, n_positions: int) -> None:
 
 def load_thinker(path_or_id: str | os.PathLike, device: str | torch.device = "cpu",
                  dtype: torch.dtype = torch.float32, tokenizer: str | os.PathLike | None = None,
+                 shard: Callable[[QuietStar], object] | None = None,
                  ) -> tuple[QuietStar, Tokenizer, Settings]:
     """The model of a local folder or Hub id, its tokenizer (or that of `tokenizer`, likewise a
     folder or Hub id), and its settings.
@@ -167,14 +168,16 @@ def load_thinker(path_or_id: str | os.PathLike, device: str | torch.device = "cp
     It is read tensor by tensor, about one copy in host memory, after every name, shape and dtype
     was checked. The language model is in `dtype`; start, end and mixing head in fp32 at least: from
     `quietstar.safetensors`, from the layout of the official checkpoint, or else uninitialised
-    (thinking.n_ahead is 0). All is of one save, also while another process replaces the folder.
+    (thinking.n_ahead is 0). shard: of the model while it is on meta; then only this rank's rows are
+    read. All is of one save, also while another process replaces the folder.
     Raises InputError.
     """
     for _ in range(TRIES):
         folder = resolve(path_or_id)
         before = stamp(folder)
         try:
-            loaded = read(folder, device, dtype, folder if tokenizer is None else tokenizer)
+            loaded = read(folder, device, dtype, folder if tokenizer is None else tokenizer,
+                          shard)
             if stamp(folder) == before:
                 return loaded
             del loaded  # one copy in memory, not two
@@ -185,7 +188,8 @@ def load_thinker(path_or_id: str | os.PathLike, device: str | torch.device = "cp
 
 
 def read(folder: Path, device: str | torch.device, dtype: torch.dtype,
-         tokenizer: str | os.PathLike) -> tuple[QuietStar, Tokenizer, Settings]:
+         tokenizer: str | os.PathLike, shard: Callable[[QuietStar], object] | None = None,
+         ) -> tuple[QuietStar, Tokenizer, Settings]:
     """`load_thinker` of a folder that stays as it is."""
     config, (step, trained) = read_config(folder), read_info(folder)
     words = load_tokenizer(tokenizer)
@@ -222,13 +226,17 @@ def read(folder: Path, device: str | torch.device, dtype: torch.dtype,
 
     wide = torch.promote_types(dtype, torch.float32)  # they are few; the mixing weight deserves it
     model.to(wide).lm.to(dtype)
+    if shard:
+        shard(model)
     model.to_empty(device=device)
-    copy(stored, dict(model.lm.named_parameters()))
-    copy(extra, {name: p for name, p in model.named_parameters() if name in extra})
+    named = model.state_dict(keep_vars=True)  # free of wrappers' prefixes
+    copy(stored, {name: named[f"lm.{name}"] for name in shapes})
+    copy(extra, {name: named[name] for name in extra})
     if theirs:
         weights = {name: torch.empty(shape, dtype=wide) for name, shape in theirs.items()}
         copy(stored, weights)
-        model.load_state_dict(from_official(weights)[1], strict=False)
+        for name, x in from_official(weights)[1].items():
+            parallel.fill(named[name], x)
     model.banned = banned.to(device)  # not before: to_empty empties buffers
     end_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
     return model, words, Settings(thinking, folder, end_ids, step, trained)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from nanoqstar import InputError
+from nanoqstar import InputError, parallel
 from nanoqstar.files import write_json
 from nanoqstar.qwen2 import Qwen2Config
 
@@ -36,16 +36,27 @@ def add(lm: Any, rank: int, alpha: int, seed: int = 0) -> None:
     """Gives the layers of a Qwen2 adapters, in fp32 at least: A (rank, in) uniform as PEFT's, B
     (out, rank) zero, so that it computes what it did. Before checkpointing, compilation and
     sharding, which keep to what they find; what learns is the optimizer's matter (`learns`)."""
-    generator, lm.lora_alpha = torch.Generator().manual_seed(seed), alpha
+    lm.lora_alpha = alpha
     for name, layer in list(lm.named_modules()):
         if name.endswith(LAYERS):
-            w, draws = layer.weight, torch.rand(rank, layer.in_features, generator=generator)
-            a, b = (draws * 2 - 1) * layer.in_features**-0.5, torch.zeros(layer.out_features, rank)
-            for child, x in (("lora_A", a), ("lora_B", b)):
-                x = x.to(w.device, torch.promote_types(w.dtype, torch.float32))
+            w = layer.weight
+            for child, shape in (("lora_A", (rank, layer.in_features)),
+                                 ("lora_B", (layer.out_features, rank))):
+                x = w.new_empty(shape, dtype=torch.promote_types(w.dtype, torch.float32))
                 layer.add_module(child, nn.ParameterDict({"weight": x}))
             layer.register_forward_hook(partial(adapted, scale=alpha / rank))
     lm.model.embed_tokens.register_forward_hook(widened)
+    init(lm, seed)
+
+
+def init(lm: Any, seed: int = 0) -> None:
+    """Fresh values of all adapters; those of a model on meta have none before it is filled."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in lm.modules():
+        if hasattr(layer, "lora_A"):
+            draws = torch.rand(layer.lora_A.weight.shape, generator=generator)
+            parallel.fill(layer.lora_A.weight, (draws * 2 - 1) * layer.in_features**-0.5)
+            parallel.fill(layer.lora_B.weight, torch.zeros(layer.lora_B.weight.shape))
 
 
 def adapted(layer: Any, inputs: Any, output: torch.Tensor, scale: float) -> torch.Tensor:

@@ -6,16 +6,16 @@ corpus, which has a tokenizer, a text and answers of its own, and None for prepa
 
 import hashlib
 import math
-import os
 import shlex
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
-from nanoqstar import InputError, evaluate, flops, hf, lora
+from nanoqstar import InputError, cpu, evaluate, flops, hf, lora, parallel
 from nanoqstar.dataset import TokenDataset
 from nanoqstar.device import pick_device, pick_threads, speed_up
 from nanoqstar.quietstar import QuietStar, Rollout, draw_from
@@ -34,9 +34,7 @@ Loaded = tuple[QuietStar, Tokenizer, hf.Settings]
 def check(cfg: Any) -> tuple[torch.device, Splits | None, Loaded | None]:
     """Refuses what cannot work before anything is made; returns the device, the splits of prepared
     data, and the model to start from, where there is one."""
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        raise InputError("torchrun would start as many whole runs as processes: one GPU only, for "
-                         "now; run python train.py")
+    check_shares(cfg, parallel.size())
     device, splits, loaded = pick_device(cfg.device), None, None
     if cfg.data != "fold":
         splits = open_splits(cfg, Path(cfg.data))
@@ -47,7 +45,9 @@ def check(cfg: Any) -> tuple[torch.device, Splits | None, Loaded | None]:
                          cfg.max_length + cfg.n_ahead_talk + cfg.n_ahead)
         check_memory(cfg, config, device)
         dtype = torch.bfloat16 if cfg.lora_rank and device.type == "cuda" else torch.float32
-        loaded = hf.load_thinker(cfg.model_path, device, dtype, tokenizer=cfg.tokenizer)
+        loaded = hf.load_thinker(cfg.model_path, device, dtype, tokenizer=cfg.tokenizer,
+                                 shard=partial(wrap, cfg=cfg, device=device)
+                                 if parallel.size() > 1 else None)
         taught = loaded[2].config
         for name in ("seed", "fold_operations", "fold_ordinary_frac"):  # its table and alphabet
             ours, its = getattr(cfg, name), taught.get(name, getattr(cfg, name))
@@ -58,21 +58,44 @@ def check(cfg: Any) -> tuple[torch.device, Splits | None, Loaded | None]:
     return device, splits, loaded
 
 
+def check_shares(cfg: Any, ranks: int) -> None:
+    """InputError where so many processes would not compute what one does."""
+    updates = {"batch_size x grad_accum": cfg.batch_size * cfg.grad_accum}
+    if cfg.model_path is None and cfg.pretrain_steps:
+        updates["pretrain_batch_size"] = cfg.pretrain_batch_size
+    for name, n in updates.items():
+        if n % ranks:
+            raise InputError(f"{ranks} processes cannot share the {n} windows of an update evenly: "
+                             f"make {name} a multiple of {ranks}, or start as many processes as "
+                             f"divide {n}")
+    if cfg.normalize_advantage and ranks > 1:
+        raise InputError("normalize_advantage takes each forward by itself, and each process has "
+                         "its own: leave it out, or start one process")
+
+
+def wrap(model: QuietStar, cfg: Any, device: torch.device) -> None:
+    """Adapters, checkpointing or compilation, and shards, in this order; it may be on meta."""
+    if cfg.lora_rank:
+        lora.add(model.lm, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    speed_up(model, device, cfg.checkpointing, cfg.compile)
+    parallel.shard(model, device)
+
+
 def check_memory(cfg: Any, model: Qwen2Config, device: torch.device) -> None:
     window = cfg.max_length + cfg.n_ahead_talk
     packed, drawn = cfg.max_length, 0
     if cfg.n_ahead:
         layout = ThoughtLayout(cfg.n_ahead, cfg.n_ahead_talk, cfg.n_passes, cfg.max_length)
         packed, drawn = layout.packing.n_packed, cfg.n_passes * cfg.max_length * layout.n_sampled
-    n_tokens = cfg.batch_size * packed
+    n_tokens = min(cfg.batch_size, len(parallel.share(cfg.batch_size * cfg.grad_accum))) * packed
     if cfg.model_path is None and cfg.pretrain_steps:
-        n_tokens = max(n_tokens, cfg.pretrain_batch_size * cfg.max_length)
+        n_tokens = max(n_tokens, len(parallel.share(cfg.pretrain_batch_size)) * cfg.max_length)
     windows = max(cfg.batch_size * cfg.grad_accum, cfg.eval_windows)
     learning = cfg.trainable == "all" or cfg.model_path is None
     adapters = lora.n_weights(model, cfg.lora_rank)
     flops.refuse_beyond_memory(model, device, n_tokens, cfg.checkpointing,
                                windows * (16 * window + 4 * drawn), learning,
-                               adapters if cfg.model_path else 0)
+                               adapters if cfg.model_path else 0, parallel.size())
 
 
 def open_splits(cfg: Any, folder: Path) -> Splits:
@@ -125,7 +148,8 @@ class Run:
         if self.origin is None or not self.origin.thinking.n_ahead:
             start, end = (encode(self.tokenizer, getattr(self.cfg, name), name)
                           for name in ("start_init_text", "end_init_text"))
-            self.model.init_thoughts(start, end, self.cfg.seed)
+            with parallel.gathered(self.model):
+                self.model.init_thoughts(start, end, self.cfg.seed)
 
     def begin(self, phase: str, first: int, last: int, optimizer: torch.optim.Optimizer
               ) -> Progress:
@@ -151,16 +175,21 @@ class Run:
         end the table as well. Raises InputError where training has spoiled the base."""
         cfg, corpus, log = self.cfg, self.corpus, self.log
         text, docs = self.splits["val"].evenly(cfg.eval_windows, cfg.max_length + cfg.n_ahead_talk)
-        with self.signals.at_once():  # nothing changes here
+        if len(text) < parallel.size():
+            raise parallel.Agreed(f"{parallel.size()} processes cannot share {len(text)} val "
+                                  "windows: raise eval_windows, or prepare more text")
+        with self.signals.at_once(), parallel.gathered(self.model):  # nothing changes here
             scores = evaluate.score_text(
                 self.model, text, docs, cfg.n_ahead, cfg.n_ahead_talk, seed=cfg.seed,
                 batch_size=cfg.batch_size, sampler=self.rollout,
                 choices=corpus.choices if corpus else None)
             report = evaluate.report(scores)
-            base = report.summary["nll_base"]
+            base, mixed = parallel.exchange([report.summary["nll_base"],
+                                             report.summary["nll_mixed"]])[0]
             if not math.isfinite(base):
-                raise InputError(f"the predictions are not finite at update {at.update}: lower "
-                                 f"learning_rate, or pretrain_learning_rate; {log.kept}")
+                raise parallel.Agreed(
+                    f"the predictions are not finite at update {at.update}: lower learning_rate, "
+                    f"or pretrain_learning_rate; {log.kept}")
             if corpus:
                 corpus.add_answers(report, scores, self.model, final)
         log.write("eval", at.update, **report.summary)
@@ -170,18 +199,18 @@ class Run:
         if cfg.max_base_rise is not None and base > start + cfg.max_base_rise:
             log.wait()
             best = log.states.best()
-            raise InputError(
+            raise parallel.Agreed(
                 f"the base's NLL on val has risen from {start:.3f} to {base:.3f} by update "
                 f"{at.update}, by more than max_base_rise {cfg.max_base_rise}: " + (
                     f"the best state is {best}, go on from it with --resume {best} --force and "
                     if best else "no state was evaluated before, start anew with ")
                 + "a lower policy_weight or learning_rate")
-        at.score = start - report.summary["nll_mixed"]  # the gain, over what cannot be spoiled
+        at.score = start - mixed  # the gain, over what cannot be spoiled
 
     def is_best(self, at: Progress) -> bool:
         """Whether no state has a better score."""
-        return at.score is not None and at.score > max(self.log.states.scores().values(),
-                                                       default=-math.inf)
+        best = max(self.log.states.scores().values(), default=-math.inf)
+        return parallel.exchange(at.score is not None and at.score > best)[0]
 
     def save(self, at: Progress, optimizer: torch.optim.Optimizer | None,
              background: bool = False) -> None:
@@ -207,15 +236,16 @@ class Run:
             words, answer = words + options, f" (right is {letter})"
         log.say(f"{log.seconds:.0f} s in all. Try it{answer}:\n"
                 f"python sample.py --model_path {shlex.quote(str(log.folder))}{words}")
-        if log.saved != (log.folder / "checkpoint", at.update):
-            raise InputError(f"the model of update {at.update} could not be saved, for want of "
-                             f"room or of rights in {log.folder}; {log.kept}")
+        if not parallel.exchange(log.saved == (log.folder / "checkpoint", at.update))[0]:
+            raise parallel.Agreed(f"the model of update {at.update} could not be saved, for want "
+                                  f"of room or of rights in {log.folder}; {log.kept}")
 
     @property
     def made_by(self) -> str:
         """What the last digits depend on."""
         return (f"torch {torch.__version__} on {self.model.lm.head_weight.device.type}, "
-                f"{torch.get_num_threads()} threads")
+                f"{torch.get_num_threads()} threads"
+                + f", {parallel.size()} processes" * (parallel.size() > 1))
 
 
 def meta_sum(splits: Splits) -> str:
@@ -256,9 +286,9 @@ def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.
     this.init_thoughts()
     if splits is None:
         folder = log.folder / "data"
-        if not (state and folder.exists()):
+        if not parallel.exchange(bool(state and folder.exists()))[0]:
             n_val = cfg.eval_windows * (cfg.max_length + cfg.n_ahead_talk)
-            corpus.prepare(folder, cfg.fold_tokens, n_val)
+            parallel.first(corpus.prepare, folder, cfg.fold_tokens, n_val)
         this.splits = open_splits(cfg, folder)
     data = this.splits["train"]
     if state and (meta_sum(this.splits) != state[1]["data"] or (
@@ -269,10 +299,13 @@ def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.
         log.say(f"warning: {cfg.data} was prepared without the beginning-of-text token "
                 f"({tokenizer.decode(first, skip_special_tokens=False)}) that this model knows "
                 "before every document: prepare it again")
-    if cfg.lora_rank:
-        lora.add(model.lm, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-    speed_up(model, device, cfg.checkpointing, cfg.compile)
+    if not parallel.is_sharded(model):
+        wrap(model, cfg, device)
+    elif cfg.lora_rank:
+        lora.init(model.lm, cfg.seed)
+    cpu.onednn = parallel.exchange(cpu.onednn)[0]  # the others' timings may say otherwise
     log.say(f"{log.folder}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, "
             f"{data.n_tokens:,} training tokens, {device}, {torch.get_num_threads()} threads")
-    log.say(log.states.check_room(3 * sum(p.nbytes for p in model.parameters())))
+    size = 3 * sum(p.nbytes for p in model.parameters())
+    log.say(parallel.together(log.states.check_room, size))
     return this

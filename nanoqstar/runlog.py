@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from nanoqstar import InputError, hf, lora
+from nanoqstar import InputError, hf, lora, parallel
 from nanoqstar.cli import OUT_OF_MEMORY, Interrupted, is_out_of_memory
 from nanoqstar.files import LOCK, lock, write_json
 from nanoqstar.quietstar import QuietStar
@@ -33,23 +33,26 @@ SILENCE = 5.0  # seconds after which a line of pre-training is shown
 class Signals:
     """SIGINT and SIGTERM are noted, and obeyed at an update's end: then `check` raises Interrupted.
 
-    Within `at_once`, where nothing can be lost, they are obeyed immediately; so is a second one.
+    Within `at_once`, where nothing can be lost, they are obeyed immediately, unless other processes
+    would wait for this one; so is a second one. One that reaches one rank, all obey at `check`.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.now = False
+        self.agreed = False  # whether all ranks end here
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         again, self.number = self.number is not None, number
-        if self.now or again:
+        if (self.now and parallel.size() == 1) or again:
             raise Interrupted(number)
         with suppress(OSError, RuntimeError):  # of a closed stderr, or one that is being written to
             tqdm.write("ending after this update", file=sys.stderr)
 
     def check(self) -> None:
-        if self.number is not None:
-            raise Interrupted(self.number)
+        if number := max(parallel.exchange(self.number or 0)):
+            self.agreed = True
+            raise Interrupted(number)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -151,7 +154,7 @@ def make_and_hold(held: ExitStack, out: Path) -> None:
 
 
 class RunLog:
-    """Writes metrics and says lines; nothing that fails here ends a run."""
+    """Writes metrics and says lines, on the first rank; nothing that fails here ends a run."""
 
     def __init__(self, folder: Path, config: dict[str, Any], wandb: Any = None,
                  peak: float | None = None, keep: int = 2) -> None:
@@ -163,14 +166,20 @@ class RunLog:
         self.saving: Future | None = None
         self.states = States(folder / "state", keep)
         self.start = self.said = time.perf_counter()
-        self.states.folder.mkdir(exist_ok=True)
-        if not self.states.folders():
-            write_json(folder / "config.json", config)
+        self.is_first, self.group = parallel.rank() == 0, parallel.another_group()
         self.unwritten = b""  # of metrics.jsonl, on a full disk: later, or never
-        self.metrics = open(folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
+        if self.is_first:
+            self.states.folder.mkdir(exist_ok=True)
+            if not self.states.folders():
+                write_json(folder / "config.json", config)
+        metrics = folder / "metrics.jsonl" if self.is_first else os.devnull
+        self.metrics = open(metrics, "ab", buffering=0)  # noqa: SIM115
 
     def go_on(self, state: Path, info: Mapping[str, Any]) -> None:
         """From a state: what was logged and saved after it never was."""
+        self.saved = state, info["progress"].update
+        if not self.is_first:
+            return
         write_json(self.folder / "config.json", self.config)
         newer = self.states.folders()
         self.states.remove(newer[newer.index(state) + 1:])
@@ -178,7 +187,6 @@ class RunLog:
             write(f"warning: {self.metrics.name} lacks rows that were in it", sys.stderr)
         else:
             os.truncate(self.metrics.name, info["metrics"])
-        self.saved = state, info["progress"].update
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """A row of metrics.jsonl; W&B counts on from pre-training."""
@@ -239,34 +247,41 @@ class RunLog:
         saved before.
 
         info: what goes into state.json besides. background: only the copy into host memory is
-        waited for, if it fits; nothing is saved as long as the save before is not done.
+        waited for, if it fits; nothing is saved as long as the save before is not done. Many ranks
+        write a file each of the state; the first one the model, gathered in its host memory.
         """
-        if background and self.saving and not self.saving.done():
+        busy = background and self.saving is not None and not self.saving.done()
+        if any(parallel.exchange(busy)):
             self.say(f"update {at.update} is not saved: the save before it is still being written")
             return
-        self.wait()
-        if not all(p.isfinite().all() for p in model.parameters()):
+        parallel.together(self.wait)
+        finite = all(bool(parallel.local(p).isfinite().all()) for p in model.parameters())
+        if not all(parallel.exchange(finite)):
             write(f"warning: update {at.update} is not saved: its weights are not finite",
                   sys.stderr)
             return
         failure = f"the state of update {at.update} could not be saved"
         known: dict[str, Any] = {}
-        tensors = dict(model.state_dict(keep_vars=True))
-        if optimizer and self.guard(failure, self.write_rows):
+        tensors = named = dict(model.state_dict(keep_vars=True))
+        if optimizer and all(parallel.exchange(self.guard(failure, self.write_rows))):
             tensors = named_tensors(model, optimizer)
             known = {**info, "config": self.config, "adam_step": adam_steps(model, optimizer),
                      "metrics": os.path.getsize(self.metrics.name)}
         copies = in_host_memory(tensors) if background else None
+        whole = parallel.on_first(named) if parallel.is_sharded(model) else None
 
         def save_both(tensors: Mapping[str, torch.Tensor], at: Progress) -> None:
             if known and self.guard(failure, self.save_state, tensors, at, known):
                 self.saved = self.states.path(at), at.update
+            if not self.is_first:
+                return
             first = at.phase == "pretrain"
             folder = self.folder / ("base" if first else "checkpoint")
             if self.guard(f"update {at.update} could not be saved", hf.save, folder,
-                          stand_in(model, tensors, self.config.get("lora_rank", 0)), tokenizer,
-                          thinking=thinking, step=0 if first else at.update, config=self.config,
-                          source=source, dtype=self.config.get("save_dtype", "fp32")):
+                          stand_in(model, whole or tensors, self.config.get("lora_rank", 0)),
+                          tokenizer, thinking=thinking, step=0 if first else at.update,
+                          config=self.config, source=source,
+                          dtype=self.config.get("save_dtype", "fp32")):
                 self.saved = folder, at.update
 
         thread = ThreadPoolExecutor(1)
@@ -283,8 +298,8 @@ class RunLog:
 
     def save_state(self, tensors: Mapping[str, torch.Tensor], at: Progress, known: dict[str, Any]
                    ) -> None:
-        os.fsync(self.metrics.fileno())  # the rows that it counts
-        self.states.save(tensors, at, known)
+        parallel.first(os.fsync, self.metrics.fileno(), group=self.group)  # the rows it counts
+        self.states.save(tensors, at, known, self.group)
 
     @property
     def kept(self) -> str:
@@ -309,9 +324,14 @@ class RunLog:
         except Interrupted as end:
             raise Interrupted(end.number, f"{end}; {self.kept}{self.how_to_go_on}") from None
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            if parallel.is_lost(error):
+                with suppress(Exception):  # of a save that waits for the others
+                    self.wait()
+                self.saving = None
+            elif not is_out_of_memory(error):
                 raise
-            raise InputError(f"{OUT_OF_MEMORY}; {self.kept}{self.how_to_go_on}") from None
+            what = parallel.LOST if parallel.is_lost(error) else OUT_OF_MEMORY
+            raise InputError(f"{what}; {self.kept}{self.how_to_go_on}") from None
 
     def say(self, line: str, unless_recent: bool = False) -> None:
         """unless_recent: only where nothing has been said for some seconds."""
@@ -353,7 +373,9 @@ def stand_in(model: QuietStar, tensors: Mapping[str, torch.Tensor], lora_rank: i
 
 def write(line: str, stream: TextIO) -> None:
     """A line above the progress bar; where nobody reads on (`| head -1`), or the log's disk is
-    full, the run is worth finishing all the same."""
+    full, the run is worth finishing all the same. Of many processes the first one speaks."""
+    if parallel.rank():
+        return
     try:
         tqdm.write(line, file=stream)
         stream.flush()

@@ -1,7 +1,8 @@
 """The whole state of a run on disk, so that it goes on bit for bit: nothing is ever pickled.
 
-A state is a folder: safetensors with `NAME`, `NAME@exp_avg` and `NAME@exp_avg_sq`, a file a rank,
-and state.json, written last, with everything else and the sums of those files. It gets its name,
+A state is a folder: safetensors with `NAME`, `NAME@exp_avg` and `NAME@exp_avg_sq`, a file a rank
+with its rows (in the order of the ranks they are the tensor, however many wrote or read it), and
+state.json, written last, with everything else and the sums of those files. It gets its name,
 step-000120, when it is whole; 120 counts the updates of the run, pre-training included. All random
 numbers are functions of (seed, phase, step, sample), so none of their state is kept.
 """
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nanoqstar import InputError
+from nanoqstar import InputError, parallel
 from nanoqstar.files import read_json, sync, write_json
 
 FORMAT = 1
@@ -81,10 +82,12 @@ class Progress:
 
 def named_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer
                   ) -> dict[str, torch.Tensor]:
-    """{NAME: parameter, NAME@exp_avg: its moment, ..}; names are free of wrappers' prefixes."""
+    """{NAME: parameter, NAME@exp_avg: its moment, ..}, this rank's rows of each; names are free of
+    wrappers' prefixes."""
     named = model.state_dict(keep_vars=True)
-    return named | {f"{name}@{key}": optimizer.state[p][key] for name, p in named.items()
-                    for key in MOMENTS if p in optimizer.state}
+    moments = {f"{name}@{key}": optimizer.state[p][key] for name, p in named.items()
+               for key in MOMENTS if p in optimizer.state}
+    return {name: parallel.local(x) for name, x in (named | moments).items()}
 
 
 def adam_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -95,7 +98,8 @@ def adam_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 def in_host_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
     """Copies of the tensors, or None where host memory would not hold them."""
-    if sum(x.nbytes for x in tensors.values()) > 0.8 * free_memory():
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # that share it
+    if sum(x.nbytes for x in tensors.values()) > 0.8 * free_memory() / ranks:
         return None
     try:
         return {name: x.detach().to("cpu", copy=True) for name, x in tensors.items()}
@@ -172,8 +176,10 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 
 def check_sums(folder: Path, info: Mapping[str, Any]) -> None:
-    """InputError where a file of the state is missing or not as it was written."""
-    for name, expected in info["files"].items():
+    """InputError where a file of the state is missing or not as it was written; each rank sums its
+    share of them."""
+    files = list(info["files"].items())
+    for name, expected in [files[i] for i in parallel.share(len(files))]:
         try:
             with open(folder / name, "rb") as file:
                 digest = hashlib.sha256()
@@ -187,7 +193,8 @@ def check_sums(folder: Path, info: Mapping[str, Any]) -> None:
 
 def read(folder: Path) -> State:
     """A state whose files have the right sums; InputError where it is not as it was written."""
-    check_sums(folder, info := read_info(folder))
+    info = read_info(folder)
+    parallel.together(check_sums, folder, info)
     return folder, info
 
 
@@ -197,27 +204,44 @@ def load(folder: Path, info: Mapping[str, Any], model: torch.nn.Module,
 
     Raises InputError where it is not of this model.
     """
+    where: dict[str, list[Any]] = {}  # the pieces of each tensor, in the order of the ranks
     try:
-        files = [safe_open(folder / name, "pt") for name in info["files"]]
+        for file in (safe_open(folder / name, "pt") for name in sorted(info["files"])):
+            for name in file.keys():  # noqa: SIM118
+                where.setdefault(name, []).append(file.get_slice(name))
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder} cannot be read ({error})") from None
-    where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
     learning = {p for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.state_dict(keep_vars=True).items():
         for key in ("", *(f"@{moment}" for moment in MOMENTS)):
             if key and (p not in learning or name not in info["adam_step"]):
                 continue
-            found = where[name + key].get_tensor(name + key) if name + key in where else None
-            if found is None or (found.shape, found.dtype) != (p.shape, p.dtype):
-                held = "nothing" if found is None else f"{list(found.shape)} {found.dtype}"
+            pieces = where.get(name + key, [])
+            found = read_rows(pieces, parallel.rows(p)) if pieces else None
+            shape = [sum(x.get_shape()[0] for x in pieces), *p.shape[1:]]
+            if found is None or shape != list(p.shape) or (
+                    found.shape[1:], found.dtype) != (p.shape[1:], p.dtype):
+                held = "nothing" if found is None else (
+                    f"{[*shape[:1], *found.shape[1:]]} {found.dtype}")
                 raise InputError(f"{folder} is the state of another model: {name + key} is {held} "
                                  f"there and {list(p.shape)} {p.dtype} here")
-            if not key:
-                p.detach().copy_(found)
-                continue
-            step = torch.tensor(float(info["adam_step"][name]), device=p.device)
-            moment = torch.empty_like(p, requires_grad=False).copy_(found)
-            optimizer.state[p] |= {"step": step, key[1:]: moment}
+            target = p.detach() if not key else torch.empty_like(p, requires_grad=False)
+            parallel.local(target).copy_(found)
+            if key:
+                step = torch.tensor(float(info["adam_step"][name]), device=p.device)
+                optimizer.state[p] |= {"step": step, key[1:]: target}
+
+
+def read_rows(pieces: Iterable[Any], rows: slice) -> torch.Tensor:
+    """Rows of a tensor whose pieces (safetensors' slices) lie one below the other."""
+    first, found = 0, list[torch.Tensor]()
+    for piece in pieces:
+        n = piece.get_shape()[0]
+        start, stop = (min(max(x - first, 0), n) for x in (rows.start, rows.stop))
+        if start < stop or not found:
+            found.append(piece[start:stop])
+        first += n
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
 # ---- all of a run
@@ -263,31 +287,45 @@ class States:
                 + room + (free < most * size) * ": warning, too little for all")
 
     def save(self, tensors: Mapping[str, torch.Tensor], progress: Progress,
-             info: Mapping[str, Any]) -> None:
-        """Writes a state, or nothing, and removes what is not to be kept. Raises OSError.
+             info: Mapping[str, Any], group: Any = None) -> None:
+        """Writes a state, or nothing, and removes what is not to be kept. Raises OSError, on all
+        ranks where one fails, which write a file each. group: in which they speak.
 
         One of this very step that is there already holds the same tensors: an evaluation since then
         is added to it.
         """
         folder = self.path(progress)
+        partial, is_first = Path(f"{folder}.partial"), parallel.rank() == 0
         info = {"format": FORMAT, "progress": asdict(progress), **info}
-        if folder.exists():
-            info["files"] = read_info(folder)["files"]
-            write_json(folder / "state.json", {**info, "sha256": sum_of(info)})
-            return
-        partial = Path(f"{folder}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            file = partial / "rank-00000.safetensors"
-            info["files"] = {file.name: write_tensors(file, tensors)}
+
+        def begin() -> dict[str, Any] | None:
+            if folder.exists():
+                return read_info(folder)["files"]
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            return None
+
+        def end() -> None:
             write_json(partial / "state.json", {**info, "sha256": sum_of(info)})
             partial.rename(folder)
             sync(self.folder)
+
+        if files := parallel.first(begin, group=group):
+            info["files"] = files
+            if is_first:
+                write_json(folder / "state.json", {**info, "sha256": sum_of(info)})
+            return
+        try:
+            file = partial / f"rank-{parallel.rank():05d}.safetensors"
+            written = parallel.together(write_tensors, file, tensors, group=group)
+            info["files"] = dict(parallel.exchange([file.name, written], group))
+            parallel.first(end, group=group)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if is_first:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
-        self.prune()
+        if is_first:
+            self.prune()
 
     def prune(self) -> None:
         folders, best = self.folders(), self.best()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nanoqstar import InputError
+from nanoqstar import InputError, parallel
 from nanoqstar.files import read_json, shown
 from nanoqstar.qwen2 import Qwen2Config
 
@@ -199,15 +199,17 @@ def check_sizes(folder: Path, config: Qwen2Config, stored: Mapping[str, Stored])
 
 
 def copy(stored: Mapping[str, Stored], targets: Mapping[str, torch.Tensor]) -> None:
-    """Fills the targets, of any dtype and device, one by one; InputError: there is a NaN or inf."""
+    """Fills the targets, of any dtype and device, one by one, of shards only this rank's rows;
+    InputError: there is a NaN or inf."""
     for name, target in targets.items():
         file = stored[name].file
         with safe_open(file, "pt") as f:  # opened anew, or all that was read stays mapped
-            x = f.get_tensor(name)
+            sharded = parallel.local(target) is not target
+            x = f.get_slice(name)[parallel.rows(target)] if sharded else f.get_tensor(name)
         if x.numel() and not all(math.isfinite(y.item()) for y in x.aminmax()):
             raise InputError(f"{file}: {name} holds numbers that are not finite (NaN or infinity): "
                              "this model is broken, take an earlier one")
-        target.detach().copy_(x)
+        parallel.local(target).detach().copy_(x)
 
 
 def from_official(weights: Mapping[str, torch.Tensor], scale: float = EMBEDDING_SCALE

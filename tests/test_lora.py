@@ -267,7 +267,7 @@ def test_updates_leave_the_model_as_it_is(tmp_path):
 def test_a_frozen_model_is_loaded_in_bf16_on_cuda(run, monkeypatch, device, rank, dtype):
     seen = []
 
-    def load(path, device, dtype, tokenizer):
+    def load(path, device, dtype, tokenizer, shard):
         seen.append(dtype)
         raise InputError("enough")
     monkeypatch.setattr(run_room, "pick_device", lambda _: torch.device(device))

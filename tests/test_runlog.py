@@ -351,8 +351,8 @@ def test_rows_are_on_the_disk_before_the_state_that_counts_them(log, model, toke
     size, write, seen = log.folder.joinpath("metrics.jsonl").stat().st_size, States.save, []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda n: seen.append(n) or fsync(n))
-    monkeypatch.setattr(States, "save", lambda self, tensors, at, info: (
-        seen.append(info["metrics"]) or write(self, tensors, at, info)))
+    monkeypatch.setattr(States, "save", lambda self, tensors, at, info, group: (
+        seen.append(info["metrics"]) or write(self, tensors, at, info, group)))
     save(log, model, tokenizer, "think", 1, Thinking(6, 2))
     assert seen[:2] == [log.metrics.fileno(), size]
 

@@ -1229,10 +1229,11 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     check_refused(capsys, start(tmp_path / "file"), "cannot be made")
 
 
-def test_torchrun_is_refused(tmp_path, monkeypatch, capsys):
+def test_half_of_torchruns_variables_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check_refused(capsys, start(tmp_path / "x"),
-                  "torchrun would start as many whole runs as processes")
+    monkeypatch.setenv("RANK", "0")
+    check_refused(capsys, start(tmp_path / "x"), "WORLD_SIZE is set and LOCAL_RANK, MASTER_ADDR",
+                  "start several processes with torchrun")
     monkeypatch.setenv("WORLD_SIZE", "1")
     check_refused(capsys, start(tmp_path / "x", data="nowhere"), "no prepared data")
 
