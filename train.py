@@ -48,7 +48,7 @@ from nanoqstar import flops, lora
 from nanoqstar.dataset import TokenDataset, prefetched
 from nanoqstar.objective import Objective, Valid
 from nanoqstar.quietstar import QuietStar, uniforms
-from nanoqstar.run import Run, check, prepare
+from nanoqstar.run import Run, check, planned, prepare
 from nanoqstar.runlog import RunLog, Signals, run_folder, start_wandb, write
 from nanoqstar.state import Progress, State, States
 from nanoqstar.state import read as read_state
@@ -227,6 +227,8 @@ def find_state(cfg: TrainConfig, states: States) -> State | None:
 
 def run(name: str, cfg: TrainConfig) -> None:
     """Everything a configuration asks for."""
+    if cfg.plan:
+        raise cli.Answer(planned(cfg, fold.Corpus.of(cfg)))
     device, splits, loaded = check(cfg)
     config = dataclasses.asdict(dataclasses.replace(cfg, resume=None, force=False))
     resume = str(run_of(cfg.resume)) if cfg.resume not in (None, "auto") else cfg.resume

@@ -159,6 +159,7 @@ class RunLog:
         keep: so many states. A run that goes on writes nothing here before `go_on`."""
         self.folder, self.config, self.wandb, self.peak = folder, config, wandb, peak
         self.pretrained = 0  # updates
+        self.advice = OUT_OF_MEMORY
         self.saved: tuple[Path, int] | None = None  # the newest of what is saved, and its update
         self.saving: Future | None = None
         self.states = States(folder / "state", keep)
@@ -311,7 +312,7 @@ class RunLog:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise InputError(f"{OUT_OF_MEMORY}; {self.kept}{self.how_to_go_on}") from None
+            raise InputError(f"{self.advice}; {self.kept}{self.how_to_go_on}") from None
 
     def say(self, line: str, unless_recent: bool = False) -> None:
         """unless_recent: only where nothing has been said for some seconds."""
