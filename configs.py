@@ -39,6 +39,8 @@ class TrainConfig:
         "none), where it holds a state, else start it", at_least=1)
     force: bool = setting(False, "go on although settings differ that change what is learned",
                           when=RESUMED)
+    plan: bool = setting(False, "print what an update takes of memory and the run of time, and on "
+                         "which cards it fits, and end")
     seed: int = setting(0, "of data order, thoughts and new weights", at_least=0, below=2**63)
     device: Device = setting("auto", AUTO)
     threads: int | None = setting(None, "CPU threads; none: a core each, two at most for a small "
@@ -205,7 +207,7 @@ def changes(before: TrainConfig, now: TrainConfig) -> tuple[list[str], list[str]
 class Preset:
     config: TrainConfig
     hardware: str
-    memory: str  # of the resident state: fp32 weights, gradients, two Adam moments
+    memory: str  # of an update at its highest, by nanoqstar/plan.py (tests/test_plan.py)
     purpose: str
 
 
@@ -214,18 +216,19 @@ FOLD_RECIPE = TrainConfig(  # what suits a small model that learns fast, on the 
     policy_weight=10.0, reinforce_temperature=1.0, clamp_advantage=False, beta2=0.99,
     eval_windows=192)
 H200 = TrainConfig(data="data/fineweb-edu", n_passes=4, checkpointing=1.0)
+LORA = replace(H200, lora_rank=16, learning_rate=1e-4, n_passes=2)  # the official runs' 1e-4
 PRESETS = {
     "tiny": Preset(replace(
         FOLD_RECIPE, n_ahead=6, max_length=62, max_steps=160, batch_size=16, learning_rate=1e-3,
         warmup_steps=10, eval_every=40, save_every=40),
-        "2 CPU cores", "4 MB", "the embedded demo: thoughts become useful in minutes"),
+        "2 CPU cores", "177.6 MB", "the embedded demo: thoughts become useful in minutes"),
     "small": Preset(replace(
         FOLD_RECIPE, max_length=126, max_steps=400, batch_size=32, learning_rate=3e-4,
         eval_every=50, save_every=50, hidden_size=512, intermediate_size=1536, n_layers=8,
         n_heads=8, init_std=0.03, pretrain_steps=3000, pretrain_batch_size=64,
         pretrain_learning_rate=1e-3, fold_operands=6, fold_operations=3, fold_ordinary_frac=0.1,
         fold_worked_frac=0.3, fold_tokens=20_000_000),
-        "1 GPU (not yet run)", "416 MB + activations",
+        "1 GPU (not yet run)", "8.9 GB",
         "the demo scaled up: three operations, six operands, prose"),
     "text": Preset(TrainConfig(
         data="data/text", max_length=128, reinforce_temperature=1.0, policy_weight=10.0,
@@ -233,23 +236,32 @@ PRESETS = {
         eval_every=100, eval_windows=64, save_every=100, hidden_size=256, intermediate_size=688,
         n_layers=4, n_heads=8, n_kv_heads=2, init_std=0.04, embedding_std=0.04, pretrain_steps=2000,
         pretrain_learning_rate=1e-3),
-        "1 GPU, or patience", "64 MB + activations",
+        "1 GPU, or patience", "993.3 MB",
         "your own text (--data FOLDER) with a new small model"),
-    "qwen2_5_0_5b": Preset(replace(H200, model_path="Qwen/Qwen2.5-0.5B"), "1 GPU, 24 GB or more",
-                           "8 GB + activations", "the real thing at its smallest"),
-    "qwen2_5_3b": Preset(replace(H200, model_path="Qwen/Qwen2.5-3B"), "1 H200",
-                         "49 GB + activations", "the main run, FineWeb-Edu"),
+    "qwen2_5_0_5b": Preset(replace(H200, model_path="Qwen/Qwen2.5-0.5B"), "1 GPU, 24 GB", "16.7 GB",
+                           "the real thing at its smallest"),
+    "qwen2_5_0_5b_12gb": Preset(replace(LORA, model_path="Qwen/Qwen2.5-0.5B"), "1 GPU, 12 GB",
+                                "8.1 GB", "its adapters, on a small card"),
+    "qwen2_5_3b": Preset(replace(H200, model_path="Qwen/Qwen2.5-3B"), "1 GPU, 80 GB", "60.5 GB",
+                         "the main run, FineWeb-Edu"),
+    "qwen2_5_3b_24gb": Preset(replace(LORA, model_path="Qwen/Qwen2.5-3B"), "1 GPU, 24 GB",
+                              "19.3 GB", "adapters of the main run's model"),
     "qwen2_5_3b_math": Preset(
-        replace(H200, model_path="Qwen/Qwen2.5-3B", data="data/open-web-math"), "1 H200",
-        "49 GB + activations", "the main run on open-web-math, as in the paper"),
+        replace(H200, model_path="Qwen/Qwen2.5-3B", data="data/open-web-math"), "1 GPU, 80 GB",
+        "60.5 GB", "the main run on open-web-math, as in the paper"),
     "qwen2_5_7b": Preset(replace(H200, model_path="Qwen/Qwen2.5-7B", grad_accum=8), "2 to 8 H200",
-                         "122 GB + activations",
-                         "by torchrun: larger than one GPU holds in fp32 masters"),
+                         "133.5 GB", "by torchrun: larger than one GPU holds in fp32 masters"),
+    "qwen2_5_7b_48gb": Preset(replace(LORA, model_path="Qwen/Qwen2.5-7B"), "1 GPU, 48 GB",
+                              "32.4 GB", "its adapters, which one GPU holds"),
     "mistral_7b_paper": Preset(replace(
         H200, model_path="mistralai/Mistral-7B-v0.1", data="data/open-web-math-mistral", n_ahead=11,
         n_passes=2, max_length=252, grad_accum=8, max_steps=100, save_every=25),
-        "1 H200", "116 GB + activations",
+        "1 GPU, 141 GB", "122.9 GB",
         "the official run: 256 tokens, 8 texts an update, official 12/4"),
+    "mistral_7b_24gb": Preset(replace(
+        LORA, model_path="mistralai/Mistral-7B-v0.1", data="data/open-web-math-mistral", n_ahead=3,
+        n_ahead_talk=2, max_length=254, grad_accum=8, save_every=25),
+        "1 GPU, 24 GB", "17.8 GB", "the official run with LoRA: 256 tokens, official 4/2"),
 }
 
 
@@ -279,11 +291,11 @@ def run_of(resume: str) -> Path:
 
 
 def list_presets() -> str:
-    rows = [("config", "hardware", "resident memory", "purpose"),
+    rows = [("config", "hardware", "memory by plan", "purpose"),
             *((name, p.hardware, p.memory, p.purpose) for name, p in PRESETS.items())]
-    return "\n".join([*("{:18}{:24}{:24}{}".format(*row) for row in rows), "",
-                      "Resident memory: fp32 master weights, gradients and two Adam moments, "
-                      "16 bytes a parameter."])
+    return "\n".join([*("{:19}{:24}{:16}{}".format(*row) for row in rows), "",
+                      "Memory: of an update at its highest, on a GPU by arithmetic alone; "
+                      "`python train.py CONFIG --plan` says what of."])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ from nanoqstar import flops, lora, parallel
 from nanoqstar.dataset import TokenDataset, prefetched
 from nanoqstar.objective import Objective, Valid
 from nanoqstar.quietstar import QuietStar, uniforms
-from nanoqstar.run import Run, check, prepare
+from nanoqstar.run import Run, check, planned, prepare
 from nanoqstar.runlog import RunLog, Signals, run_folder, start_wandb, write
 from nanoqstar.state import Progress, State, States
 from nanoqstar.state import read as read_state
@@ -233,6 +233,8 @@ def find_state(cfg: TrainConfig, states: States) -> State | None:
 
 def run(name: str, cfg: TrainConfig) -> None:
     """Everything a configuration asks for."""
+    if cfg.plan:
+        raise cli.Answer(planned(cfg, fold.Corpus.of(cfg)))
     with parallel.joined(cfg.device):
         run_on_all(name, cfg)
 

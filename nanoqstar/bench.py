@@ -83,7 +83,7 @@ from nanoqstar import cpu
 from nanoqstar.attention import tiles_for_shape
 from nanoqstar.device import autocast, pick_device, speed_up, speed_up_decoding
 from nanoqstar.files import write_json
-from nanoqstar.flops import thinking_flops
+from nanoqstar.flops import MODELS, qwen, thinking_flops
 from nanoqstar.objective import Objective
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
@@ -119,22 +119,6 @@ class Shape:
         return ThoughtLayout(self.n_ahead, self.n_ahead_talk, self.n_passes, self.max_length)
 
 
-def qwen(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocab: int,
-         tied: bool = True, bias: bool = True, theta: float = 1e6) -> Qwen2Config:
-    return Qwen2Config(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, intermediate_size=intermediate, vocab_size=vocab,
-        tie_word_embeddings=tied, attention_bias=bias, head_dim=hidden // heads,
-        max_position_embeddings=32768, rope_theta=theta)
-
-
-MODELS = {  # the shapes behind the presets' names, which are Hub ids
-    "Qwen/Qwen2.5-0.5B": qwen(896, 24, 14, 2, 4864, 151936),
-    "Qwen/Qwen2.5-3B": qwen(2048, 36, 16, 2, 11008, 151936),
-    "Qwen/Qwen2.5-7B": qwen(3584, 28, 28, 4, 18944, 152064, tied=False),
-    "mistralai/Mistral-7B-v0.1": qwen(4096, 32, 32, 8, 14336, 32000, tied=False, bias=False,
-                                      theta=1e4),
-}
 SHAPES = {
     "cpu": Shape(qwen(256, 6, 8, 2, 688, 4096, tied=False, bias=False), 2, 7, 4, 2, 127),
     "cpu_vocab": Shape(qwen(128, 2, 4, 2, 344, 151936, tied=False, bias=False), 1, 7, 4, 2, 31),

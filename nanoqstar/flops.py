@@ -1,18 +1,34 @@
-"""What a step costs before it is run: FLOPs, and a lower bound of its memory."""
+"""The FLOPs of a step, before it is run."""
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from nanoqstar import InputError
-from nanoqstar.device import total_memory
 from nanoqstar.qwen2 import Qwen2Config
 from nanoqstar.thoughts import ThoughtLayout
 
 # dense bf16 FLOP/s by the makers' sheets; the first name that is part of the card's
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
          "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def qwen(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocab: int,
+         tied: bool = True, bias: bool = True, theta: float = 1e6) -> Qwen2Config:
+    return Qwen2Config(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, intermediate_size=intermediate, vocab_size=vocab,
+        tie_word_embeddings=tied, attention_bias=bias, head_dim=hidden // heads,
+        max_position_embeddings=32768, rope_theta=theta)
+
+
+MODELS = {  # the shapes behind the presets' names, Hub ids: nothing is downloaded to count
+    "Qwen/Qwen2.5-0.5B": qwen(896, 24, 14, 2, 4864, 151936),
+    "Qwen/Qwen2.5-3B": qwen(2048, 36, 16, 2, 11008, 151936),
+    "Qwen/Qwen2.5-7B": qwen(3584, 28, 28, 4, 18944, 152064, tied=False),
+    "mistralai/Mistral-7B-v0.1": qwen(4096, 32, 32, 8, 14336, 32000, tied=False, bias=False,
+                                      theta=1e4),
+}
 
 
 def block_weights(model: Qwen2Config) -> int:
@@ -88,32 +104,3 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((rate for card, rate in PEAKS.items() if card in name), None)
-
-
-def refuse_beyond_memory(model: Qwen2Config, device: torch.device, n_tokens: int,
-                         checkpointing: float, host_bytes: int, learning: bool = True,
-                         adapters: int = 0, ranks: int = 1) -> None:
-    """InputError where even less than a step can need is more than there is.
-
-    Counted: fp32 weights and, if the language model is `learning`, gradients, two Adam moments, and
-    of n_tokens packed tokens the inputs of the blocks, which no recomputation saves, and in bf16
-    the queries, attention's outputs and SwiGLU's two inner products. adapters: numbers that learn
-    in the model's place, which is in bf16 on a GPU then. ranks: that share all of this, but for the
-    weights that a step gathers. host_bytes: of the windows and random numbers that wait.
-    """
-    width = model.num_attention_heads * model.head_dim
-    kept = 4 * model.hidden_size + round(
-        (1 - checkpointing) * 4 * (width + model.intermediate_size))  # bytes of a token in a block
-    needed = n_parameters(model) * (2 if adapters and device.type == "cuda" else 4)
-    if learning:
-        resident = 16 * adapters + needed * (1 if adapters else 4)
-        needed = resident if ranks == 1 else resident // ranks + needed
-        needed += n_tokens * model.num_hidden_layers * kept
-    for what, size, there in (
-            ("the model and one forward", needed, total_memory(device)),
-            ("the windows of an update or evaluation", host_bytes,
-             total_memory(torch.device("cpu")))):
-        if size > there:
-            raise InputError(f"{what} would need more than {size >> 30:,} GiB of memory, and there "
-                             f"are {there >> 30:,}: lower batch_size, grad_accum, n_passes, "
-                             "max_length, eval_windows or the model's sizes")

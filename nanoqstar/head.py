@@ -111,6 +111,7 @@ class _WeightedLogProbs(torch.autograd.Function):
                         add_product(grad_weight, grad.T, h)
                     else:
                         grad_weight += fp32_product(grad.T, h, weight.dtype)
+                del grad  # before the next chunk's logits: as large as they are
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(log_probs)
         # a target that cannot be has log-prob -inf, and no share in the sum where it has no weight

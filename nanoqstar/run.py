@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from nanoqstar import InputError, cpu, evaluate, flops, hf, lora, parallel
+from nanoqstar import InputError, cpu, evaluate, flops, hf, lora, parallel, plan
 from nanoqstar.dataset import TokenDataset
 from nanoqstar.device import pick_device, pick_threads, speed_up
 from nanoqstar.quietstar import QuietStar, Rollout, draw_from
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 from nanoqstar.runlog import RunLog, Signals
 from nanoqstar.state import Progress, State, load
-from nanoqstar.thoughts import ThoughtLayout
 from nanoqstar.tokenizer import beginning_ids, encode, load_tokenizer, unknown_ids
 
 Splits = dict[str, TokenDataset]
@@ -39,11 +38,11 @@ def check(cfg: Any) -> tuple[torch.device, Splits | None, Loaded | None]:
     if cfg.data != "fold":
         splits = open_splits(cfg, Path(cfg.data))
     if cfg.model_path is None:
-        check_memory(cfg, new_model_config(cfg, 1), device)
+        plan.refuse(new_model_config(cfg, 1), cfg, device)
     else:
         hf.check_context(config := hf.read_config(hf.resolve(cfg.model_path)),
                          cfg.max_length + cfg.n_ahead_talk + cfg.n_ahead)
-        check_memory(cfg, config, device)
+        plan.refuse(config, cfg, device)
         dtype = torch.bfloat16 if cfg.lora_rank and device.type == "cuda" else torch.float32
         loaded = hf.load_thinker(cfg.model_path, device, dtype, tokenizer=cfg.tokenizer,
                                  shard=partial(wrap, cfg=cfg, device=device)
@@ -81,21 +80,15 @@ def wrap(model: QuietStar, cfg: Any, device: torch.device) -> None:
     parallel.shard(model, device)
 
 
-def check_memory(cfg: Any, model: Qwen2Config, device: torch.device) -> None:
-    window = cfg.max_length + cfg.n_ahead_talk
-    packed, drawn = cfg.max_length, 0
-    if cfg.n_ahead:
-        layout = ThoughtLayout(cfg.n_ahead, cfg.n_ahead_talk, cfg.n_passes, cfg.max_length)
-        packed, drawn = layout.packing.n_packed, cfg.n_passes * cfg.max_length * layout.n_sampled
-    n_tokens = min(cfg.batch_size, len(parallel.share(cfg.batch_size * cfg.grad_accum))) * packed
-    if cfg.model_path is None and cfg.pretrain_steps:
-        n_tokens = max(n_tokens, len(parallel.share(cfg.pretrain_batch_size)) * cfg.max_length)
-    windows = max(cfg.batch_size * cfg.grad_accum, cfg.eval_windows)
-    learning = cfg.trainable == "all" or cfg.model_path is None
-    adapters = lora.n_weights(model, cfg.lora_rank)
-    flops.refuse_beyond_memory(model, device, n_tokens, cfg.checkpointing,
-                               windows * (16 * window + 4 * drawn), learning,
-                               adapters if cfg.model_path else 0, parallel.size())
+def planned(cfg: Any, corpus: Any) -> str:
+    """What --plan prints; of a model that is known by name nothing is fetched."""
+    if cfg.model_path is not None:
+        config = flops.MODELS.get(cfg.model_path) or hf.read_config(hf.resolve(cfg.model_path))
+    else:
+        folder = None if corpus else open_splits(cfg, Path(cfg.data))["train"].tokenizer_path.parent
+        tokenizer = load_tokenizer(folder) if folder else corpus.tokenizer()
+        config = new_model_config(cfg, tokenizer.get_vocab_size())
+    return plan.report(config, cfg, pick_device(cfg.device))
 
 
 def open_splits(cfg: Any, folder: Path) -> Splits:
@@ -307,5 +300,7 @@ def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.
     log.say(f"{log.folder}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, "
             f"{data.n_tokens:,} training tokens, {device}, {torch.get_num_threads()} threads")
     size = 3 * sum(p.nbytes for p in model.parameters())
+    log.say(plan.summary(model.lm.config, cfg, device))
+    log.advice = plan.advice(model.lm.config, cfg, device) or log.advice
     log.say(parallel.together(log.states.check_room, size))
     return this

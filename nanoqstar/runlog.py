@@ -162,6 +162,7 @@ class RunLog:
         keep: so many states. A run that goes on writes nothing here before `go_on`."""
         self.folder, self.config, self.wandb, self.peak = folder, config, wandb, peak
         self.pretrained = 0  # updates
+        self.advice = OUT_OF_MEMORY
         self.saved: tuple[Path, int] | None = None  # the newest of what is saved, and its update
         self.saving: Future | None = None
         self.states = States(folder / "state", keep)
@@ -330,7 +331,7 @@ class RunLog:
                 self.saving = None
             elif not is_out_of_memory(error):
                 raise
-            what = parallel.LOST if parallel.is_lost(error) else OUT_OF_MEMORY
+            what = parallel.LOST if parallel.is_lost(error) else self.advice
             raise InputError(f"{what}; {self.kept}{self.how_to_go_on}") from None
 
     def say(self, line: str, unless_recent: bool = False) -> None:

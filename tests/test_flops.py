@@ -1,4 +1,4 @@
-"""FLOPs are those that torch counts; nothing is refused memory that an update fits into."""
+"""FLOPs are those that torch counts."""
 
 from dataclasses import replace
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs import PRESETS
-from nanoqstar import InputError, attention, bench, flops
+from nanoqstar import attention, bench, flops
 from nanoqstar.objective import Objective, Valid
 
 CPU = torch.device("cpu")
@@ -81,63 +80,6 @@ def test_parameters_are_those_of_the_products(name):
             made = bench.Qwen2(config)
         weights = sum(p.numel() for p in made.parameters() if p.dim() > 1)
         assert flops.n_parameters(config) == weights
-
-
-def kept_bytes(shape):
-    """Bytes that an update holds for certain when its forward is done: fp32 weights, gradients, two
-    moments, and every tensor that autograd has saved."""
-    model, (text, docs, u, counts) = bench.make_model(shape, CPU), drawn(shape)
-    thoughts, sampled_lp = model.rollout(text, docs, u)
-    lm = sum(p.numel() for p in model.lm.parameters())
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved = {}
-
-    def note(x):
-        if x.untyped_storage().data_ptr() not in weights:
-            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        _ = model.loss(text, docs, thoughts, sampled_lp, counts, Objective())
-    return 16 * lm + sum(saved.values())
-
-
-@pytest.mark.parametrize("name", ["tiny", "cpu", "cpu_vocab"])
-def test_what_fits_is_never_refused_and_what_cannot_is(name, monkeypatch):
-    """Where there is just as much memory as an update holds; and where there is a fifth of it."""
-    shape = replace(bench.shape_of(name), batch_size=1)
-    held, n_tokens = kept_bytes(shape), shape.layout.packing.n_packed
-
-    def refuse(there, checkpointing=0.0, **options):
-        monkeypatch.setattr(flops, "total_memory", lambda device: there)
-        flops.refuse_beyond_memory(shape.model, CPU, n_tokens, checkpointing, 0, **options)
-    refuse(held)
-    with pytest.raises(InputError, match="the model and one forward would need more than"):
-        refuse(held // 5)
-    weights = 4 * flops.n_parameters(shape.model)
-    refuse(weights, learning=False)  # no gradient, no moment, nothing kept
-    with pytest.raises(InputError):
-        refuse(weights - 1, learning=False)
-    inputs = 4 * n_tokens * shape.model.hidden_size * shape.model.num_hidden_layers
-    refuse(4 * weights + inputs, checkpointing=1.0)
-    with pytest.raises(InputError):
-        refuse(4 * weights + inputs, checkpointing=0.5)
-
-
-def test_the_windows_that_wait_are_counted_and_absurd_sizes_are_one_sentence(monkeypatch):
-    monkeypatch.setattr(flops, "total_memory", lambda device: 2**34)
-    flops.refuse_beyond_memory(SMALL.model, CPU, 1000, 0.0, 2**34)
-    with pytest.raises(InputError, match=r"16 GiB of memory, and there are 16: .*eval_windows"):
-        flops.refuse_beyond_memory(SMALL.model, CPU, 1000, 0.0, 2**34 + 1)
-    with pytest.raises(InputError, match=r"one forward would need more than 5,[\d,]+ GiB"):
-        flops.refuse_beyond_memory(SMALL.model, CPU, 10**400, 0.5, 0)
-
-
-def test_no_preset_is_refused_on_an_h200(monkeypatch):
-    monkeypatch.setattr(flops, "total_memory", lambda device: 141 * 10**9)
-    for name in PRESETS:
-        shape = bench.shape_of(name)
-        n_tokens = shape.batch_size * shape.layout.packing.n_packed
-        flops.refuse_beyond_memory(shape.model, CPU, n_tokens, shape.checkpointing, 0)
 
 
 @pytest.mark.parametrize(("card", "rate"), [

@@ -19,11 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 import train as script
-from nanoqstar import InputError, bench, flops, hf, lora, quietstar
+from nanoqstar import InputError, bench, flops, hf, lora, plan, quietstar
 from nanoqstar import run as run_room
 from nanoqstar.attention import dense
 from nanoqstar.device import speed_up
-from nanoqstar.qwen2 import Qwen2Config
 from nanoqstar.state import States
 
 CPU = torch.device("cpu")
@@ -271,29 +270,11 @@ def test_a_frozen_model_is_loaded_in_bf16_on_cuda(run, monkeypatch, device, rank
         seen.append(dtype)
         raise InputError("enough")
     monkeypatch.setattr(run_room, "pick_device", lambda _: torch.device(device))
-    monkeypatch.setattr(run_room, "check_memory", lambda *_: None)
+    monkeypatch.setattr(plan, "refuse", lambda *_: None)
     monkeypatch.setattr(hf, "load_thinker", load)
     with pytest.raises(InputError, match="enough"):
         script.check(small(model_path=str(run), lora_rank=rank))
     assert seen == [dtype]
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_memory_of_frozen_weights(monkeypatch, device):
-    """Neither gradients nor moments, and two bytes each on a GPU; the adapters have all of it."""
-    config = Qwen2Config(vocab_size=100, hidden_size=8, intermediate_size=16, num_hidden_layers=3,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=4,
-                         max_position_embeddings=64)
-    adapters = lora.n_weights(config, 2)
-    activations = 50 * 3 * 4 * 8  # inputs of the blocks, in fp32
-    needed = (2 if device == "cuda" else 4) * flops.n_parameters(config) + 16 * adapters
-
-    def refuse(there):
-        monkeypatch.setattr(flops, "total_memory", lambda _: there)
-        flops.refuse_beyond_memory(config, torch.device(device), 50, 1.0, 0, adapters=adapters)
-    refuse(needed + activations)
-    with pytest.raises(InputError):
-        refuse(needed + activations - 1)
 
 
 @pytest.mark.parametrize("n_ahead", [0, SMALL.n_ahead])

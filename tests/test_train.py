@@ -744,7 +744,7 @@ def test_want_of_memory_loses_nothing(tmp_path, monkeypatch, capsys, error, plac
     before_call(monkeypatch, Run if place == "evaluate" else script, place, n, raises(error))
     assert start(tmp_path / "x") == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: the memory is used up: lower batch_size") and kept in said
+    assert said.startswith("error: the memory is used up: by plan --batch_size 1") and kept in said
     assert said.count("\n") == 1
     if place == "train_step" and n == 1:
         assert not (tmp_path / "x").exists()
@@ -1089,8 +1089,8 @@ def test_absurd_sizes_are_refused_before_anything_is_made(tmp_path, monkeypatch,
     (["--start_init_text", "z"], "start_init_text: the tokenizer cannot encode 'z'"),
     (["--end_init_text", ""], "end_init_text: '' has no tokens"),
     (["--thoughts_from", "z"], "thoughts_from: the tokenizer cannot encode 'z'"),
-    (["--max_length", "20000"], "a window of 20,002 tokens does not fit"),
-    (["--max_length", "2041", "--n_ahead", "2040"], "more than the model's context"),
+    (["--max_length", "5500"], "a window of 5,502 tokens does not fit"),
+    (["--max_length", "2", "--n_ahead", "2047"], "more than the model's context"),
     (["--device", "mps"], "device mps is not available here"),
     (["--max_step", "3"], "unknown option --max_step; did you mean --max_steps?")])
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, args, sentence):
