@@ -26,6 +26,7 @@ from nanoqstar import InputError
 
 T = TypeVar("T")
 WRONG_INPUT = 2
+LONGEST = 3000  # characters of an error: names and values in it may be anybody's
 
 
 class Answer(Exception):
@@ -251,5 +252,8 @@ def say(text: str, stream: Any = None) -> int:
 
 
 def fail(sentence: str) -> int:
-    say(f"error: {' '.join(sentence.split())}", sys.stderr)
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(sentence.split()))
+    if len(line) > LONGEST:  # what is wrong stands first, how to mend it last
+        line = f"{line[:LONGEST * 3 // 4]} .. {line[-LONGEST // 4:]}"
+    say(f"error: {line}", sys.stderr)
     return WRONG_INPUT

@@ -140,6 +140,15 @@ def test_whatever_goes_wrong_is_one_sentence(monkeypatch, capsys, error, code, s
     assert said.count("\n") == 1
 
 
+def test_an_error_is_a_line_that_a_terminal_can_show(monkeypatch, capsys):
+    """What it quotes may be anybody's: escape sequences that rewrite the screen, or a megabyte."""
+    assert end(monkeypatch, InputError(f"no \x1b[2J\x07 in é{'x' * 10**6}: mend\n it so")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: no \ufffd[2J\ufffd in éxxx")
+    assert said.endswith("xxx: mend it so\n")
+    assert len(said) < 3100
+
+
 def test_an_end_that_was_asked_for_is_no_error(monkeypatch, capsys):
     assert end(monkeypatch, cli.Interrupted(15, "ended")) == 143
     assert end(monkeypatch, KeyboardInterrupt()) == 130
