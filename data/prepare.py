@@ -48,7 +48,7 @@ from data.writer import (
     split_of,
 )
 from nanoqstar.dataset import SPLITS, TokenDataset, partial_folder
-from nanoqstar.files import lock
+from nanoqstar.files import lock, read_small
 from nanoqstar.tokenizer import END_OF_TEXT, beginning_ids, end_of_text_id, load_tokenizer
 
 BATCH_CHARS = 2**22  # tokenized at once: enough for all cores, about a second's work for two
@@ -296,7 +296,7 @@ def run(cfg: PrepareConfig) -> None:
     arguments: dict[str, Any] = {key: getattr(cfg, key) for key in keys}
     files: list[str] = []
     if (file := Path(cfg.tokenizer, "tokenizer.json")).is_file():
-        arguments["tokenizer_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        arguments["tokenizer_sha256"] = hashlib.sha256(read_small(file)).hexdigest()
     if root:
         files = local_files(root, out.resolve())
         stats = [Path(file).stat() for file in files]

@@ -309,7 +309,7 @@ def write(folder: Path, model: QuietStar, tokenizer: Tokenizer, thinking: Thinki
     for key, default in ids.items():  # null where there is none: absent keys have meanings
         found = (special_ids(source, key, lm.config.vocab_size) if source else []) or default
         ids[key] = found if key == "eos_token_id" and len(found) > 1 else next(iter(found), None)
-    companions = [source / name for name in COMPANIONS if source and (source / name).exists()]
+    companions = [source / name for name in COMPANIONS if source and (source / name).is_file()]
     for file in companions:
         shutil.copyfile(file, folder / file.name)
     generation = folder / "generation_config.json"

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nanoqstar import InputError, hf, lora
 from nanoqstar.cli import OUT_OF_MEMORY, Interrupted, is_out_of_memory
-from nanoqstar.files import LOCK, lock, write_json
+from nanoqstar.files import LOCK, lock, plain, write_json
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import Qwen2
 from nanoqstar.state import Progress, States, adam_steps, in_host_memory, named_tensors
@@ -167,7 +167,7 @@ class RunLog:
         if not self.states.folders():
             write_json(folder / "config.json", config)
         self.unwritten = b""  # of metrics.jsonl, on a full disk: later, or never
-        self.metrics = open(folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
+        self.metrics = open(plain(folder / "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
 
     def go_on(self, state: Path, info: Mapping[str, Any]) -> None:
         """From a state: what was logged and saved after it never was."""

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanoqstar import InputError
-from nanoqstar.files import read_json, sync, write_json
+from nanoqstar.files import plain, read_json, sync, write_json
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -175,7 +175,7 @@ def check_sums(folder: Path, info: Mapping[str, Any]) -> None:
     """InputError where a file of the state is missing or not as it was written."""
     for name, expected in info["files"].items():
         try:
-            with open(folder / name, "rb") as file:
+            with open(plain(folder / name), "rb") as file:
                 digest = hashlib.sha256()
                 while piece := file.read(PIECE):
                     digest.update(piece)

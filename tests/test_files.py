@@ -29,8 +29,20 @@ def test_read_json_says_what_is_wrong(tmp_path, content, message):
 def test_read_json_of_what_is_no_file(tmp_path):
     with pytest.raises(InputError, match=r"a\.json is missing"):
         read_json(tmp_path / "a.json")
-    with pytest.raises(InputError, match="cannot be read as JSON"):
-        read_json(tmp_path)
+    os.mkfifo(tmp_path / "pipe.json")  # opening it would wait for ever
+    for path in (tmp_path, tmp_path / "pipe.json"):
+        with pytest.raises(InputError, match="is not a plain file"):
+            read_json(path)
+
+
+def test_a_file_that_is_far_too_large_is_not_read(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"{}")
+    os.truncate(path, 2**40)  # sparse: more than there is memory for
+    with pytest.raises(InputError, match=r"1,099,511,627,776 bytes, of 16,777,216 at most"):
+        read_json(path)
+    os.truncate(path, 2)
+    assert read_json(path) == {}
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -136,13 +136,19 @@ def flip(data, place):
     ("rank-00000.safetensors", None), ("state.json", None), ("state.json", lambda data: b"{"),
     ("state.json", lambda data: data.replace(b'"update": 3', b'"update": 4')),
     ("state.json", lambda data: data.replace(b'"format": 1', b'"format": 2')),
-    ("state.json", lambda data: b"[]")])
+    ("state.json", lambda data: b"[]"), ("rank-00000.safetensors", "pipe"),
+    ("state.json", "pipe")])
 def test_a_damaged_state_does_not_count(states, name, change):
     """The one before it does, and that is said; where there is none, that is a sentence."""
     saved(states, 2)
     saved(states, 3)
     file = states.folders()[1] / name
-    file.unlink() if change is None else file.write_bytes(change(file.read_bytes()))
+    if callable(change):
+        file.write_bytes(change(file.read_bytes()))
+    else:
+        file.unlink()
+        if change == "pipe":
+            os.mkfifo(file)
     said = []
     folder, info = states.newest(said.append)
     assert folder.name == "step-000002" and info["progress"].update == 2
