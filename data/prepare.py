@@ -249,7 +249,7 @@ def make(cfg: PrepareConfig, out: Path, arguments: dict[str, Any], files: list[s
     if journal.exists():
         state = read_journal(journal.parent)
         require_same(state["arguments"], arguments, journal.parent)
-        source = Source(cfg, state["files"], state["revision"], n_bytes)
+        source = Source(cfg, files or state["files"], None if files else state["revision"], n_bytes)
         tokenizer, place = load_tokenizer(journal.parent), state["place"]
         print(f"continuing after file {place['file'] + 1}, document {place['skip']:,}")
         counts = state

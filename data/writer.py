@@ -40,14 +40,25 @@ def checksum(state: Mapping[str, Any], tokenizer_sha256: str) -> str:
     return hashlib.sha256((json.dumps(state) + tokenizer_sha256).encode()).hexdigest()
 
 
+def sound(journal: Mapping[str, Any]) -> bool:
+    """Whether all is of its kind: the sum of a journal is no secret."""
+    counts = [journal["place"]["file"], journal["place"]["skip"]]
+    counts += [journal[split][key] for split in SPLITS for key in ("tokens", "documents")]
+    texts = [*journal["files"], journal["revision"] or ""]
+    for kind, (n, sentence) in journal["left_out"].items():
+        counts, texts = [*counts, n], [*texts, kind, sentence]
+    return (all(type(n) is int and 0 <= n < 2**63 for n in counts)
+            and all(isinstance(x, str) for x in texts))
+
+
 def read_journal(partial: Path) -> dict[str, Any]:
     """The journal of a partial folder; InputError where it, or its tokenizer.json, was changed."""
     try:
         journal = read_json(partial / JOURNAL)
         tokenizer = hashlib.sha256((partial / "tokenizer.json").read_bytes()).hexdigest()
-        if journal.pop("checksum", None) == checksum(journal, tokenizer):
+        if journal.pop("checksum", None) == checksum(journal, tokenizer) and sound(journal):
             return journal
-    except (InputError, OSError):
+    except (InputError, OSError, KeyError, TypeError, ValueError, AttributeError):
         pass
     raise InputError(f"{partial / JOURNAL} or the tokenizer.json beside it is damaged, or from an "
                      f"earlier version: delete {partial} and start again")

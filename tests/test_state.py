@@ -160,7 +160,12 @@ def test_a_damaged_state_does_not_count(states, name, change):
 
 @pytest.mark.parametrize("change", [
     {"files": {"../../secret": {"bytes": 1, "sha256": "x"}}}, {"files": 7}, {"progress": {"a": 1}},
-    {"progress": None}])
+    {"progress": None}, {"files": {"rank-00000.safetensors": 5}}, {"adam_step": {"low": "3"}},
+    {"adam_step": []}, {"config": None}, {"data": 5}, {"made_by": None}, {"metrics": -1},
+    {"progress": {"phase": "think", "update": 3.0}}, {"progress": {"phase": "think", "update": -3}},
+    {"progress": {"phase": "think", "update": 3, "norms": ["1"]}},
+    {"progress": {"phase": "think", "update": 3, "norms": [math.nan]}},
+    {"progress": {"phase": "think", "update": 3, "start_nll": math.inf}}])
 def test_a_forged_state_is_refused(states, change):
     """Files elsewhere are not read, nor words of another version; the sum is right, here."""
     saved(states)

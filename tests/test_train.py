@@ -528,6 +528,15 @@ def test_other_settings_are_shown_and_need_force(straight, tmp_path, capsys, arg
         assert not files.read_json(config)["force"]
 
 
+def test_a_run_whose_config_was_changed_is_refused(straight, tmp_path, capsys):
+    """By hand, or by a bad disk: the states know their settings."""
+    shutil.copytree(straight, tmp_path / "x")
+    config = tmp_path / "x" / "config.json"
+    files.write_json(config, files.read_json(config) | {"learning_rate": 0.5})
+    check_refused(capsys, script.main(["--resume", str(tmp_path / "x")]),
+                  "the run had other settings: learning_rate 0.001 -> 0.5: leave")
+
+
 def test_data_that_changed_underneath_are_refused(straight, tmp_path, capsys):
     out = tmp_path / "x"
     shutil.copytree(straight, out)
