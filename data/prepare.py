@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 import errno
 import hashlib
+import os
 import re
 import shlex
 import time
@@ -288,7 +289,7 @@ def make(cfg: PrepareConfig, out: Path, arguments: dict[str, Any], files: list[s
 
 def run(cfg: PrepareConfig) -> None:
     """Makes the folder --out, where it is not made yet, and says how to go on."""
-    root = Path(cfg.input).resolve() if cfg.input else None
+    root = Path(os.path.realpath(cfg.input)) if cfg.input else None
     out = Path(cfg.out or Path(__file__).resolve().parent
                / (root or Path(cfg.dataset_name)).name.split(".")[0])
     # what decides the result: a run may only continue, or stand for, another with the same
@@ -298,7 +299,7 @@ def run(cfg: PrepareConfig) -> None:
     if (file := Path(cfg.tokenizer, "tokenizer.json")).is_file():
         arguments["tokenizer_sha256"] = hashlib.sha256(read_small(file)).hexdigest()
     if root:
-        files = local_files(root, out.resolve())
+        files = local_files(root, Path(os.path.realpath(out)))
         stats = [Path(file).stat() for file in files]
         states = repr([(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)])
         arguments |= {"input": str(root), "files": len(files),

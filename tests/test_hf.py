@@ -804,6 +804,12 @@ def test_a_pipe_is_not_waited_for(folder, name):
         load_thinker(folder)
 
 
+def test_links_in_a_loop(tmp_path):
+    (tmp_path / "a").symlink_to("a")
+    with pytest.raises(InputError, match="there is no folder"):
+        load_thinker(tmp_path / "a")
+
+
 def test_a_companion_that_is_no_file_is_left(folder, tmp_path):
     """A run that starts from such a model would else never be saved."""
     (folder / "tokenizer_config.json").unlink()
