@@ -13,7 +13,7 @@ import numpy as np
 
 from nanoqstar import InputError
 from nanoqstar.dataset import FORMAT, SPLITS, partial_folder
-from nanoqstar.files import LOCK, lock, read_json, sync, write_json
+from nanoqstar.files import LOCK, lock, plain, read_json, read_small, sync, write_json
 
 Ids = Sequence[int] | np.ndarray
 JOURNAL = "journal.json"
@@ -55,7 +55,7 @@ def read_journal(partial: Path) -> dict[str, Any]:
     """The journal of a partial folder; InputError where it, or its tokenizer.json, was changed."""
     try:
         journal = read_json(partial / JOURNAL)
-        tokenizer = hashlib.sha256((partial / "tokenizer.json").read_bytes()).hexdigest()
+        tokenizer = hashlib.sha256(read_small(partial / "tokenizer.json")).hexdigest()
         if journal.pop("checksum", None) == checksum(journal, tokenizer) and sound(journal):
             return journal
     except (InputError, OSError, KeyError, TypeError, ValueError, AttributeError):
@@ -87,7 +87,7 @@ class DatasetWriter:
         self.partial.mkdir(parents=True, exist_ok=True)
         (self.partial / "tokenizer.json").write_bytes(tokenizer_json.encode())
         self._open = ExitStack()
-        self.files = {split: [self._open.enter_context((self.partial / name).open("ab"))
+        self.files = {split: [self._open.enter_context(plain(self.partial / name).open("ab"))
                               for name in (f"{split}.bin", f"{split}.starts")] for split in SPLITS}
         self._cut()
 

@@ -76,6 +76,13 @@ def test_refused_options(args, sentence):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
+def test_what_no_command_line_holds_is_refused_in_a_file_too(text):
+    with pytest.raises(InputError, match=r"--data: .* holds a NUL, or half of a character"):
+        TrainConfig(data=text)
+    assert TrainConfig(data="\udcff é").data == "\udcff é"  # a byte that is no UTF-8
+
+
 def test_what_applies_is_judged_by_the_result():
     assert settings(Example, ["--extra", "3", "--flag"], "").extra == 3
     assert settings(Example, ["--extra", "3"], "", base=Example(flag=True)).extra == 3

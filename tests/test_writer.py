@@ -280,6 +280,15 @@ def test_a_damaged_journal_is_refused(run, three_files, tmp_path, monkeypatch, d
     assert_refused(run(*three_files), "journal.json", "damaged", "out.partial and start again")
 
 
+@pytest.mark.parametrize("name", ["train.bin", "val.starts", "tokenizer.json", "journal.json"])
+def test_a_pipe_in_what_was_interrupted_is_not_waited_for(run, three_files, tmp_path, monkeypatch,
+                                                          name):
+    file = interrupted(run, three_files, tmp_path, monkeypatch, {}).with_name(name)
+    file.unlink()
+    os.mkfifo(file)
+    assert_refused(run(*three_files), "not a plain file" if name[-4:] != "json" else "damaged")
+
+
 @pytest.mark.parametrize("forgery", [
     {"place": None}, {"place": {"file": "0", "skip": 0}}, {"place": {"file": 0, "skip": -1}},
     {"files": [{}]}, {"files": 5}, {"revision": 5}, {"left_out": {"kind": 5}}, {"left_out": []},
