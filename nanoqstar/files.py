@@ -17,6 +17,7 @@ except ImportError:  # on Windows: two processes in one folder are not noticed t
 LOCK = ".lock"
 LARGEST = 2**26  # bytes of a tokenizer.json; Gemma's 262,144 entries take half of that
 LARGEST_JSON = 2**24  # of any other; parsed, it may take thirty times as many
+DEEPEST = 100  # what can just be read could not be shown, or written again
 LONGEST = 100  # characters of a name in an error
 
 
@@ -52,6 +53,12 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds no JSON object")
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        level = [y for x in level if isinstance(x, dict | list)
+                 for y in (x.values() if isinstance(x, dict) else x)]
+    if level:
+        raise InputError(f"{path} is nested more than {DEEPEST} deep: no file of ours is")
     return value
 
 

@@ -162,7 +162,7 @@ def garble(rng: random.Random, text: str) -> str:
         parent = parent[key]
     how, raw = rng.choice(["node"] * 6 + ["near"] * 3 + ["gone", "key", "twice"]), MARK
     old = parent.get(path[-1]) if isinstance(parent, dict) else parent[path[-1]]
-    hostile = rng.choice(HOSTILE)
+    hostile = rng.choice([*HOSTILE, *(["[" * n + "]" * n for n in (90, rng.randrange(300, 1000))])])
     if how == "near" and type(old) in (int, float):
         hostile = repr(rng.choice([old + 1, old - 1, -old, old * 2, old / 2, str(old)]))
         hostile = hostile.replace("'", '"')
@@ -561,7 +561,7 @@ def perform(main, args: list[str], slot: Path) -> None:
             experiments.run = lambda *args: None
         for name, mode, fd in (("stdin", "r", 0), ("stdout", "w", 1), ("stderr", "w", 2)):
             path = f"../{name}" if fd else "stdin" if os.path.exists("stdin") else "/dev/null"
-            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC if fd else os.O_RDONLY), fd)
             setattr(sys, name, open(fd, mode, closefd=False, encoding="utf-8"))  # noqa: SIM115
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
