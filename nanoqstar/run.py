@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from nanoqstar import InputError, evaluate, flops, hf, lora
+from nanoqstar import InputError, cpu, evaluate, flops, hf, lora
 from nanoqstar.dataset import TokenDataset
 from nanoqstar.device import pick_device, pick_threads, speed_up
 from nanoqstar.quietstar import QuietStar, Rollout, draw_from
@@ -194,7 +194,8 @@ class Run:
             thinking = origin.thinking
         self.log.save(at, self.model, optimizer, self.tokenizer, thinking,
                       origin.folder if origin else None,
-                      {"data": meta_sum(self.splits), "made_by": self.made_by}, background)
+                      {"data": meta_sum(self.splits), "made_by": self.made_by, "onednn": cpu.onednn},
+                      background)
 
     def finish(self, at: Progress) -> None:
         """The final evaluation, and where everything is."""
@@ -272,6 +273,8 @@ def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.
     if cfg.lora_rank:
         lora.add(model.lm, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     speed_up(model, device, cfg.checkpointing, cfg.compile)
+    if state:  # timed once more, another library might have won, which rounds otherwise
+        cpu.onednn = cpu.has_onednn() and bool(state[1].get("onednn", cpu.onednn))
     log.say(f"{log.folder}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, "
             f"{data.n_tokens:,} training tokens, {device}, {torch.get_num_threads()} threads")
     log.say(log.states.check_room(3 * sum(p.nbytes for p in model.parameters())))
