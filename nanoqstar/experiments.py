@@ -134,14 +134,14 @@ from pathlib import Path
 
 import torch
 
-from nanoqstar.files import LOCK, lock, plain
+from nanoqstar.files import LOCK, lock, read_small
 from nanoqstar.thoughts import ThoughtLayout
 
 
 def finished(out: Path) -> dict[str, Any] | None:
     """The last evaluation of a run that came to its end, else None."""
     try:
-        rows = plain(out / "metrics.jsonl").read_text().splitlines()
+        rows = read_small(out / "metrics.jsonl").decode().splitlines()
         records = [json.loads(line) for line in rows]
         if records[-1]["kind"] != "end":
             return None

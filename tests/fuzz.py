@@ -54,7 +54,7 @@ from data import prepare, writer  # noqa: E402
 from nanoqstar import InputError, bench, cli, device, experiments, flops, runlog, state  # noqa: E402
 
 PATIENCE, HANG = 6, 20  # seconds after which a run is asked to end, and after which it hangs
-GROWTH, ADDRESSES = 400 << 20, 6 << 30  # bytes: more resident than before; all that can be mapped
+GROWTH, ADDRESSES = 400 << 20, 24 << 30  # bytes: more resident than before; all that can be mapped
 MEMORY = 300 << 20  # of the machine that runs believe to be on; they refuse what must take more
 SENTENCE = 4000  # characters
 SIZES = dict(hidden_size=16, intermediate_size=32, n_layers=2, n_heads=2, n_kv_heads=1,

@@ -1,6 +1,7 @@
 """Tables over seeds: every run once, bases shared, options that apply, intervals by hand."""
 
 import json
+import os
 from typing import get_args, get_type_hints
 
 import pytest
@@ -129,6 +130,8 @@ def test_a_log_that_is_damaged_is_of_no_finished_run(runs, tmp_path, row, place)
     metrics.write_bytes("\n".join(rows).encode("latin1"))
     assert call("controls", "--seeds", "1") == 0
     assert len(runs) == n + 1
+    os.truncate(metrics, 2**40)
+    assert experiments.finished(metrics.parent) is None
 
 
 def test_a_run_that_is_still_going_on_is_left_alone(runs, tmp_path, capsys):
