@@ -194,8 +194,8 @@ class Run:
             thinking = origin.thinking
         self.log.save(at, self.model, optimizer, self.tokenizer, thinking,
                       origin.folder if origin else None,
-                      {"data": meta_sum(self.splits), "made_by": self.made_by, "onednn": cpu.onednn},
-                      background)
+                      {"data": meta_sum(self.splits), "made_by": self.made_by,
+                       "onednn": cpu.onednn}, background)
 
     def finish(self, at: Progress) -> None:
         """The final evaluation, and where everything is."""
