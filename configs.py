@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nanoqstar import InputError
 from nanoqstar.cli import When, check, nearest, setting
@@ -275,11 +275,16 @@ def load_config(name: str) -> tuple[str, TrainConfig]:
     if not path.is_file():
         raise InputError(f"no config {name!r}{nearest(name, PRESETS)}; there are "
                          f"{', '.join(PRESETS)}, and any saved config.json")
-    saved, known = read_json(path), TrainConfig.__dataclass_fields__
+    return path.resolve().parent.name, restored(read_json(path), path)
+
+
+def restored(saved: dict[str, Any], path: Path) -> TrainConfig:
+    """Settings as `path` has them. Raises InputError."""
+    known = TrainConfig.__dataclass_fields__
     for key in saved:
         if key not in known:
             raise InputError(f"{path}: unknown key {key!r}{nearest(key, known)}")
-    return path.resolve().parent.name, TrainConfig(**saved)
+    return TrainConfig(**saved)
 
 
 def run_of(resume: str) -> Path:

@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from configs import TrainConfig, changes, list_presets, load_config, run_of
+from configs import TrainConfig, changes, list_presets, load_config, restored, run_of
 from nanoqstar import InputError, cli
 
 
@@ -220,15 +220,17 @@ def find_state(cfg: TrainConfig, states: States) -> State | None:
     """The state to go on from, if any; what is set otherwise than before is shown, or refused."""
     if not states.folders():
         return None
-    harmless, serious = changes(load_config(str(states.folder.with_name("config.json")))[1], cfg)
+    if Path(str(cfg.resume)).parent == states.folder:
+        state = read_state(Path(str(cfg.resume)))
+    else:
+        state = states.newest(lambda line: write(line, sys.stderr))
+    harmless, serious = changes(restored(state[1]["config"], state[0] / "state.json"), cfg)
     if serious and not cfg.force:
         raise InputError(f"the run had other settings: {', '.join(serious)}: leave these as they "
                          "were, or give --force")
     for change in (*harmless, *serious):
         write(f"otherwise than before: {change}", sys.stdout)
-    if Path(str(cfg.resume)).parent == states.folder:
-        return read_state(Path(str(cfg.resume)))
-    return states.newest(lambda line: write(line, sys.stderr))
+    return state
 
 
 def run(name: str, cfg: TrainConfig) -> None:

@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 import errno
 import hashlib
+import os
 import re
 import shlex
 import time
@@ -48,7 +49,7 @@ from data.writer import (
     split_of,
 )
 from nanoqstar.dataset import SPLITS, TokenDataset, partial_folder
-from nanoqstar.files import lock
+from nanoqstar.files import lock, read_small
 from nanoqstar.tokenizer import END_OF_TEXT, beginning_ids, end_of_text_id, load_tokenizer
 
 BATCH_CHARS = 2**22  # tokenized at once: enough for all cores, about a second's work for two
@@ -249,7 +250,7 @@ def make(cfg: PrepareConfig, out: Path, arguments: dict[str, Any], files: list[s
     if journal.exists():
         state = read_journal(journal.parent)
         require_same(state["arguments"], arguments, journal.parent)
-        source = Source(cfg, state["files"], state["revision"], n_bytes)
+        source = Source(cfg, files or state["files"], None if files else state["revision"], n_bytes)
         tokenizer, place = load_tokenizer(journal.parent), state["place"]
         print(f"continuing after file {place['file'] + 1}, document {place['skip']:,}")
         counts = state
@@ -288,7 +289,7 @@ def make(cfg: PrepareConfig, out: Path, arguments: dict[str, Any], files: list[s
 
 def run(cfg: PrepareConfig) -> None:
     """Makes the folder --out, where it is not made yet, and says how to go on."""
-    root = Path(cfg.input).resolve() if cfg.input else None
+    root = Path(os.path.realpath(cfg.input)) if cfg.input else None
     out = Path(cfg.out or Path(__file__).resolve().parent
                / (root or Path(cfg.dataset_name)).name.split(".")[0])
     # what decides the result: a run may only continue, or stand for, another with the same
@@ -296,9 +297,9 @@ def run(cfg: PrepareConfig) -> None:
     arguments: dict[str, Any] = {key: getattr(cfg, key) for key in keys}
     files: list[str] = []
     if (file := Path(cfg.tokenizer, "tokenizer.json")).is_file():
-        arguments["tokenizer_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        arguments["tokenizer_sha256"] = hashlib.sha256(read_small(file)).hexdigest()
     if root:
-        files = local_files(root, out.resolve())
+        files = local_files(root, Path(os.path.realpath(out)))
         stats = [Path(file).stat() for file in files]
         states = repr([(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)])
         arguments |= {"input": str(root), "files": len(files),

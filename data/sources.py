@@ -22,6 +22,7 @@ from nanoqstar.hub import fetch
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text"}
 DOCUMENT_CHARS = 2**16  # plain text is cut into documents of about this size ..
 SMALL_DOCUMENT_CHARS = 2**12  # .. or less, down to this, so that there are 64 of them to split
+LONGEST_LINE = 2**25  # bytes of a line of JSON; what is longer is none, and would fill the memory
 HOPELESS = 1000  # rows without text at the very beginning: --text_field must be wrong
 
 
@@ -139,10 +140,14 @@ def read_text(file: Any, cfg: PrepareConfig, n_chars: int) -> Iterator[tuple[str
 
 
 def read_jsonl(file: Any, cfg: PrepareConfig, n_chars: int) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(file, 1):
+    lines = iter(lambda: file.readline(LONGEST_LINE), b"")
+    for number, line in enumerate(lines, 1):
+        cut = rest = len(line) == LONGEST_LINE and line[-1:] != b"\n"
+        while rest:
+            rest = file.readline(LONGEST_LINE)[-1:] not in (b"\n", b"")
         if line.strip():
             try:
-                row = json.loads(line.decode("utf-8-sig", "surrogateescape"))
+                row = None if cut else json.loads(line.decode("utf-8-sig", "surrogateescape"))
             except (ValueError, RecursionError):
                 row = None
             yield f"line {number}", row

@@ -13,7 +13,7 @@ import numpy as np
 
 from nanoqstar import InputError
 from nanoqstar.dataset import FORMAT, SPLITS, partial_folder
-from nanoqstar.files import LOCK, lock, read_json, sync, write_json
+from nanoqstar.files import LOCK, lock, plain, read_json, read_small, sync, write_json
 
 Ids = Sequence[int] | np.ndarray
 JOURNAL = "journal.json"
@@ -40,14 +40,25 @@ def checksum(state: Mapping[str, Any], tokenizer_sha256: str) -> str:
     return hashlib.sha256((json.dumps(state) + tokenizer_sha256).encode()).hexdigest()
 
 
+def sound(journal: Mapping[str, Any]) -> bool:
+    """Whether all is of its kind: the sum of a journal is no secret."""
+    counts = [journal["place"]["file"], journal["place"]["skip"]]
+    counts += [journal[split][key] for split in SPLITS for key in ("tokens", "documents")]
+    texts = [*journal["files"], journal["revision"] or ""]
+    for kind, (n, sentence) in journal["left_out"].items():
+        counts, texts = [*counts, n], [*texts, kind, sentence]
+    return (all(type(n) is int and 0 <= n < 2**63 for n in counts)
+            and all(isinstance(x, str) for x in texts))
+
+
 def read_journal(partial: Path) -> dict[str, Any]:
     """The journal of a partial folder; InputError where it, or its tokenizer.json, was changed."""
     try:
         journal = read_json(partial / JOURNAL)
-        tokenizer = hashlib.sha256((partial / "tokenizer.json").read_bytes()).hexdigest()
-        if journal.pop("checksum", None) == checksum(journal, tokenizer):
+        tokenizer = hashlib.sha256(read_small(partial / "tokenizer.json")).hexdigest()
+        if journal.pop("checksum", None) == checksum(journal, tokenizer) and sound(journal):
             return journal
-    except (InputError, OSError):
+    except (InputError, OSError, KeyError, TypeError, ValueError, AttributeError):
         pass
     raise InputError(f"{partial / JOURNAL} or the tokenizer.json beside it is damaged, or from an "
                      f"earlier version: delete {partial} and start again")
@@ -76,7 +87,7 @@ class DatasetWriter:
         self.partial.mkdir(parents=True, exist_ok=True)
         (self.partial / "tokenizer.json").write_bytes(tokenizer_json.encode())
         self._open = ExitStack()
-        self.files = {split: [self._open.enter_context((self.partial / name).open("ab"))
+        self.files = {split: [self._open.enter_context(plain(self.partial / name).open("ab"))
                               for name in (f"{split}.bin", f"{split}.starts")] for split in SPLITS}
         self._cut()
 

@@ -26,6 +26,7 @@ from nanoqstar import InputError
 
 T = TypeVar("T")
 WRONG_INPUT = 2
+LONGEST = 3000  # characters of an error: names and values in it may be anybody's
 
 
 class Answer(Exception):
@@ -72,6 +73,14 @@ def types_of(f: dataclasses.Field) -> tuple[tuple[type, ...], tuple[str, ...] | 
     return (typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)), None
 
 
+def sayable(text: str) -> bool:
+    """Whether a command line, or the name of a file, can hold it; what a JSON file says may not."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def check(settings: Any) -> None:
     """InputError for the first field whose value is of a wrong type or out of its bounds."""
     for f in dataclasses.fields(settings):
@@ -85,6 +94,8 @@ def check(settings: Any) -> None:
             raise InputError(f"--{f.name}: expected {expected}, got {value!r}")
         if type(value) is int and not -2**63 <= value < 2**63:
             raise InputError(f"--{f.name}: a smaller integer, please: below 2^63")
+        if isinstance(value, str) and not sayable(value):
+            raise InputError(f"--{f.name}: {value!r} holds a NUL, or half of a character")
         if value == "" and f.metadata["bounds"]:
             raise InputError(f"--{f.name}: must not be empty")
         bounds = {} if value is None or isinstance(value, str) else f.metadata["bounds"]
@@ -251,5 +262,8 @@ def say(text: str, stream: Any = None) -> int:
 
 
 def fail(sentence: str) -> int:
-    say(f"error: {' '.join(sentence.split())}", sys.stderr)
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(sentence.split()))
+    if len(line) > LONGEST:  # what is wrong stands first, how to mend it last
+        line = f"{line[:LONGEST * 3 // 4]} .. {line[-LONGEST // 4:]}"
+    say(f"error: {line}", sys.stderr)
     return WRONG_INPUT

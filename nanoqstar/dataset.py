@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from nanoqstar import InputError
-from nanoqstar.files import read_json
+from nanoqstar.files import read_json, read_small
 
 FORMAT = 1
 SPLITS = ("train", "val")
@@ -82,7 +82,7 @@ class TokenDataset:
                       f"{folder} is not of format {FORMAT}, the one this version reads")
         self._require(not garbled(meta, split), f"{folder / 'meta.json'} lacks, or garbles, dtype, "
                       f"vocab_size, beginning_ids or the counts of {split}")
-        digest = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(read_small(self.tokenizer_path)).hexdigest()
         self._require(digest == meta.get("tokenizer_sha256"),
                       f"{self.tokenizer_path} is not the tokenizer that made these tokens")
         self.beginning_ids: list[int] | None = meta.get("beginning_ids")

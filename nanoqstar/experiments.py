@@ -134,19 +134,23 @@ from pathlib import Path
 
 import torch
 
-from nanoqstar.files import LOCK, lock
+from nanoqstar.files import LOCK, lock, read_small
 from nanoqstar.thoughts import ThoughtLayout
 
 
 def finished(out: Path) -> dict[str, Any] | None:
     """The last evaluation of a run that came to its end, else None."""
     try:
-        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError):
+        rows = read_small(out / "metrics.jsonl").decode().splitlines()
+        records = [json.loads(line) for line in rows]
+        if records[-1]["kind"] != "end":
+            return None
+        result = [r for r in records if r["kind"] == "eval"][-1]
+        row_text("", [result])
+        return result
+    except (OSError, InputError, RecursionError, ValueError, LookupError, TypeError,
+            AttributeError, ArithmeticError):  # it may hold anything
         return None
-    if not records or records[-1]["kind"] != "end":
-        return None
-    return [r for r in records if r["kind"] == "eval"][-1]
 
 
 def train(out: Path, preset: str, options: list[str]) -> dict[str, Any] | None:

@@ -15,6 +15,9 @@ except ImportError:  # on Windows: two processes in one folder are not noticed t
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+LARGEST = 2**26  # bytes of a tokenizer.json; Gemma's 262,144 entries take half of that
+LARGEST_JSON = 2**24  # of any other; parsed, it may take thirty times as many
+DEEPEST = 100  # what can just be read could not be shown, or written again
 LONGEST = 100  # characters of a name in an error
 
 
@@ -24,16 +27,38 @@ def shown(name: str) -> str:
     return line if len(line) <= LONGEST else line[:LONGEST] + ".."
 
 
+def plain(path: str | os.PathLike) -> Path:
+    """`path`, a file or nothing yet; InputError where it is anything else: opening a pipe, say,
+    waits until somebody writes."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is not a plain file: remove what is there")
+    return Path(path)
+
+
+def read_small(path: str | os.PathLike, largest: int = LARGEST) -> bytes:
+    """A whole file, or InputError where it has more than `largest` bytes. Raises OSError."""
+    if (size := plain(path).stat().st_size) > largest:
+        raise InputError(f"{path} has {size:,} bytes, of {largest:,} at most: it cannot be what "
+                         "its name says")
+    return Path(path).read_bytes()
+
+
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """The object in a JSON file; InputError where the file is missing or holds anything else."""
     try:
-        value = json.loads(Path(path).read_bytes())
+        value = json.loads(read_small(path, LARGEST_JSON))
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds no JSON object")
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        level = [y for x in level if isinstance(x, dict | list)
+                 for y in (x.values() if isinstance(x, dict) else x)]
+    if level:
+        raise InputError(f"{path} is nested more than {DEEPEST} deep: no file of ours is")
     return value
 
 

@@ -83,7 +83,7 @@ def newest(folder: Path) -> Path:
     """`folder`, or what `save` had put aside where it was killed between its two renames."""
     if os.path.exists(folder):  # unlike Path's, for a name of any length
         return folder
-    old = workplace(folder.resolve()) / "nanoqstar.old"
+    old = workplace(Path(os.path.realpath(folder))) / "nanoqstar.old"
     return old if os.path.exists(old / "nanoqstar.json") else folder
 
 
@@ -254,7 +254,7 @@ def save(folder: str | os.PathLike, model: QuietStar, tokenizer: Tokenizer, *,
     folder stays in it. Raises OSError, with the earlier one in place, where writing fails, and
     InputError where the folder is not ours or another process is saving into it.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     work = workplace(folder)
     new, old = work / "nanoqstar.new", work / "nanoqstar.old"
     try:
@@ -317,7 +317,7 @@ def write(folder: Path, model: QuietStar, tokenizer: Tokenizer, thinking: Thinki
     for key, default in ids.items():  # null where there is none: absent keys have meanings
         found = (special_ids(source, key, lm.config.vocab_size) if source else []) or default
         ids[key] = found if key == "eos_token_id" and len(found) > 1 else next(iter(found), None)
-    companions = [source / name for name in COMPANIONS if source and (source / name).exists()]
+    companions = [source / name for name in COMPANIONS if source and (source / name).is_file()]
     for file in companions:
         shutil.copyfile(file, folder / file.name)
     generation = folder / "generation_config.json"

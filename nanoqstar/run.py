@@ -216,7 +216,8 @@ class Run:
             thinking = origin.thinking
         self.log.save(at, self.model, optimizer, self.tokenizer, thinking,
                       origin.folder if origin else None,
-                      {"data": meta_sum(self.splits), "made_by": self.made_by}, background)
+                      {"data": meta_sum(self.splits), "made_by": self.made_by,
+                       "onednn": cpu.onednn}, background)
 
     def finish(self, at: Progress) -> None:
         """The final evaluation, and where everything is."""
@@ -296,6 +297,8 @@ def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.
         wrap(model, cfg, device)
     elif cfg.lora_rank:
         lora.init(model.lm, cfg.seed)
+    if state:  # timed once more, another library might have won, which rounds otherwise
+        cpu.onednn = cpu.has_onednn() and bool(state[1].get("onednn", cpu.onednn))
     cpu.onednn = parallel.exchange(cpu.onednn)[0]  # the others' timings may say otherwise
     log.say(f"{log.folder}: {sum(p.numel() for p in model.lm.parameters()):,} parameters, "
             f"{data.n_tokens:,} training tokens, {device}, {torch.get_num_threads()} threads")

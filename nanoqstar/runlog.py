@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nanoqstar import InputError, hf, lora, parallel
 from nanoqstar.cli import OUT_OF_MEMORY, Interrupted, is_out_of_memory
-from nanoqstar.files import LOCK, lock, write_json
+from nanoqstar.files import LOCK, lock, plain, write_json
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import Qwen2
 from nanoqstar.state import Progress, States, adam_steps, in_host_memory, named_tensors
@@ -173,7 +173,7 @@ class RunLog:
             self.states.folder.mkdir(exist_ok=True)
             if not self.states.folders():
                 write_json(folder / "config.json", config)
-        metrics = folder / "metrics.jsonl" if self.is_first else os.devnull
+        metrics = plain(folder / "metrics.jsonl") if self.is_first else os.devnull
         self.metrics = open(metrics, "ab", buffering=0)  # noqa: SIM115
 
     def go_on(self, state: Path, info: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanoqstar import InputError, parallel
-from nanoqstar.files import read_json, sync, write_json
+from nanoqstar.files import plain, read_json, sync, write_json
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -161,17 +161,28 @@ def sum_of(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def sound(info: Mapping[str, Any], at: Progress) -> bool:
+    """Whether all is of its kind: the sum of a state.json is no secret."""
+    counts = (at.update, at.pretrained, at.skipped, at.spikes, at.in_a_row,
+              info["metrics"], *info["adam_step"].values())
+    numbers = (*at.norms, *(x for x in (at.start_nll, at.score) if x is not None))
+    return (all(re.fullmatch(r"rank-\d{5}\.safetensors", name) and isinstance(x["sha256"], str)
+                for name, x in info["files"].items())
+            and isinstance(info["config"], dict)
+            and all(isinstance(info[key], str) for key in ("data", "made_by"))
+            and all(type(n) is int and 0 <= n < 2**63 for n in counts)
+            and all(type(x) is float and math.isfinite(x) for x in numbers))
+
+
 def read_info(folder: Path) -> dict[str, Any]:
     """What state.json says, its `progress` as Progress; InputError where it is not as written."""
     file = folder / "state.json"
     info = read_json(file)
     if info.pop("sha256", None) != sum_of(info) or info.get("format") != FORMAT:
         raise InputError(f"{file} is damaged, or of another version")
-    try:
-        if all(re.fullmatch(r"rank-\d{5}\.safetensors", name) for name in info["files"]):
-            return info | {"progress": Progress(**info["progress"])}
-    except (KeyError, TypeError):
-        pass
+    with suppress(KeyError, TypeError, AttributeError):
+        if sound(info, at := Progress(**info["progress"])):
+            return info | {"progress": at}
     raise InputError(f"{file} is not as this version writes it, or names files that are no state's")
 
 
@@ -181,7 +192,7 @@ def check_sums(folder: Path, info: Mapping[str, Any]) -> None:
     files = list(info["files"].items())
     for name, expected in [files[i] for i in parallel.share(len(files))]:
         try:
-            with open(folder / name, "rb") as file:
+            with open(plain(folder / name), "rb") as file:
                 digest = hashlib.sha256()
                 while piece := file.read(PIECE):
                     digest.update(piece)

@@ -8,6 +8,7 @@ from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer
 
 from nanoqstar import InputError
+from nanoqstar.files import read_small
 from nanoqstar.hub import fetch, hub_id
 
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -23,8 +24,9 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Tokenizer:
     elif not file.is_file():
         raise InputError(f"{path_or_id} has no tokenizer.json: name a folder or Hub id that has it "
                          "with --tokenizer")
+    data = read_small(file)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises bare Exceptions
         raise InputError(f"{file} is not a tokenizer: {error}") from error
     tokenizer.no_truncation()

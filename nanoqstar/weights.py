@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanoqstar import InputError, parallel
-from nanoqstar.files import read_json, shown
+from nanoqstar.files import plain, read_json, shown
 from nanoqstar.qwen2 import Qwen2Config
 
 DTYPES = ("BF16", "F16", "F32", "F64")
@@ -128,7 +128,7 @@ class Stored(NamedTuple):
 def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """({name: Stored}, metadata) of a safetensors file; InputError: it is missing, or not whole."""
     try:
-        with safe_open(file, "pt") as f:  # checks the header against itself and the file's length
+        with safe_open(plain(file), "pt") as f:  # checks the header against itself and the length
             slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
             return {name: Stored(file, tuple(x.get_shape()), x.get_dtype())
                     for name, x in slices.items()}, f.metadata() or {}

@@ -76,6 +76,13 @@ def test_refused_options(args, sentence):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
+def test_what_no_command_line_holds_is_refused_in_a_file_too(text):
+    with pytest.raises(InputError, match=r"--data: .* holds a NUL, or half of a character"):
+        TrainConfig(data=text)
+    assert TrainConfig(data="\udcff é").data == "\udcff é"  # a byte that is no UTF-8
+
+
 def test_what_applies_is_judged_by_the_result():
     assert settings(Example, ["--extra", "3", "--flag"], "").extra == 3
     assert settings(Example, ["--extra", "3"], "", base=Example(flag=True)).extra == 3
@@ -138,6 +145,15 @@ def test_whatever_goes_wrong_is_one_sentence(monkeypatch, capsys, error, code, s
     said = capsys.readouterr().err
     assert said.startswith(f"error: {sentence}")
     assert said.count("\n") == 1
+
+
+def test_an_error_is_a_line_that_a_terminal_can_show(monkeypatch, capsys):
+    """What it quotes may be anybody's: escape sequences that rewrite the screen, or a megabyte."""
+    assert end(monkeypatch, InputError(f"no \x1b[2J\x07 in é{'x' * 10**6}: mend\n it so")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: no \ufffd[2J\ufffd in éxxx")
+    assert said.endswith("xxx: mend it so\n")
+    assert len(said) < 3100
 
 
 def test_an_end_that_was_asked_for_is_no_error(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Tables over seeds: every run once, bases shared, options that apply, intervals by hand."""
 
 import json
+import os
 from typing import get_args, get_type_hints
 
 import pytest
@@ -117,6 +118,20 @@ def test_an_interrupted_run_starts_over_and_overrides_have_their_own_folder(runs
     call("controls", "--seeds", "1", "--", "--max_steps", "40")
     assert len(runs) == 2 * n + 1
     assert all(option(c, "max_steps") for c in runs[n + 1:])
+
+
+@pytest.mark.parametrize("row", ["[]", "5", "{}", '{"kind": 5}', "[" * 10**5, "\xff", None])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_log_that_is_damaged_is_of_no_finished_run(runs, tmp_path, row, place):
+    call("controls", "--seeds", "1")
+    n, metrics = len(runs), tmp_path / "out/experiments/tiny/main/seed-0/metrics.jsonl"
+    rows = metrics.read_text().splitlines()
+    rows[place] = row or rows[place].replace("nll_base", "nll").replace("end", "ned")
+    metrics.write_bytes("\n".join(rows).encode("latin1"))
+    assert call("controls", "--seeds", "1") == 0
+    assert len(runs) == n + 1
+    os.truncate(metrics, 2**40)
+    assert experiments.finished(metrics.parent) is None
 
 
 def test_a_run_that_is_still_going_on_is_left_alone(runs, tmp_path, capsys):

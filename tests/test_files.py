@@ -1,6 +1,7 @@
 """Files that are whole or not there, and a lock that a process holds."""
 
 import builtins
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from nanoqstar.files import LOCK, lock, read_json, shown, sync, write_json
     (b"", "cannot be read as JSON"), (b"{", "cannot be read as JSON"),
     (b"\xff\xfe\x00", "cannot be read as JSON"), (b"\x00" * 9, "cannot be read as JSON"),
     (b'{"a": ' + b"[" * 10**6, "cannot be read as JSON"), (b"9" * 10**5, "cannot be read as JSON"),
+    (b'{"a": ' * 100 + b"1" + b"}" * 100, "is nested more than 100 deep"),
+    (b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", "is nested more than 100 deep"),
     (b"[1]", "holds no JSON object"), (b"null", "holds no JSON object"),
     (b'"text"', "holds no JSON object")])
 def test_read_json_says_what_is_wrong(tmp_path, content, message):
@@ -29,8 +32,25 @@ def test_read_json_says_what_is_wrong(tmp_path, content, message):
 def test_read_json_of_what_is_no_file(tmp_path):
     with pytest.raises(InputError, match=r"a\.json is missing"):
         read_json(tmp_path / "a.json")
-    with pytest.raises(InputError, match="cannot be read as JSON"):
-        read_json(tmp_path)
+    os.mkfifo(tmp_path / "pipe.json")  # opening it would wait for ever
+    for path in (tmp_path, tmp_path / "pipe.json"):
+        with pytest.raises(InputError, match="is not a plain file"):
+            read_json(path)
+
+
+def test_a_file_that_is_far_too_large_is_not_read(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"{}")
+    os.truncate(path, 2**40)  # sparse: more than there is memory for
+    with pytest.raises(InputError, match=r"1,099,511,627,776 bytes, of 16,777,216 at most"):
+        read_json(path)
+    os.truncate(path, 2)
+    assert read_json(path) == {}
+
+
+def test_what_is_not_too_deep_is_read(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": ' * 99 + "1" + "}" * 99)
+    assert json.dumps(read_json(tmp_path / "a.json")).count("{") == 99
 
 
 def test_what_is_written_is_read(tmp_path):

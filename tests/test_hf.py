@@ -795,6 +795,31 @@ def test_truncated_weights(folder, size):
             load_thinker(folder)
 
 
+@pytest.mark.parametrize("name", ["quietstar.safetensors", "model.safetensors",
+                                  "generation_config.json", "nanoqstar.json"])
+def test_a_pipe_is_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=f"{name} is not a plain file"):
+        load_thinker(folder)
+
+
+def test_links_in_a_loop(tmp_path):
+    (tmp_path / "a").symlink_to("a")
+    with pytest.raises(InputError, match="there is no folder"):
+        load_thinker(tmp_path / "a")
+
+
+def test_a_companion_that_is_no_file_is_left(folder, tmp_path):
+    """A run that starts from such a model would else never be saved."""
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").mkdir()
+    os.mkfifo(folder / "chat_template.jinja")
+    store(tmp_path / "again", load_thinker(folder)[0], source=folder)
+    assert (tmp_path / "again" / "tokenizer_config.json").is_file()
+    assert not (tmp_path / "again" / "chat_template.jinja").exists()
+
+
 def test_own_file_incomplete(folder):
     tensors = load_file(folder / "quietstar.safetensors")
     del tensors["end_embedding"]

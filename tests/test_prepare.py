@@ -29,7 +29,7 @@ from prepared import (
 )
 from tokenizers import Tokenizer, processors
 
-from configs import TrainConfig, load_config
+from configs import PrepareConfig, TrainConfig, load_config
 from data import prepare, sources
 from data.writer import split_of
 from nanoqstar import cli, hub
@@ -178,6 +178,23 @@ def test_bad_bytes_and_broken_lines_are_left_out_and_counted(run, tmp_path):
         "no JSON": 3, "no text in 'text'": 1, "no UTF-8": 3, "cannot be read": 3}
     assert_refused(run(*args, "--strict", out="strict"), "a.jsonl, line 81, is no JSON")
     assert not (tmp_path / "strict.partial").exists()
+
+
+def test_a_line_without_end_does_not_fill_the_memory(run, tmp_path, monkeypatch):
+    """It is left out as a line that is no JSON, and the next one is found."""
+    monkeypatch.setattr(sources, "LONGEST_LINE", 1000)
+    texts = [*sentences(0, 5), "x" * 987, "y" * 988, "z" * 5000, *sentences(1, 5)]
+    file = write_jsonl(tmp_path / "in" / "a.jsonl.gz", texts)
+    assert len(json.dumps({"text": "x" * 987})) == 999  # with its end the longest that there is
+    found = list(sources.read_documents(str(file), file.name, PrepareConfig(), 1000))
+    assert [text for _, text, _ in found if text] == [*texts[:6], *texts[8:]]
+    assert [fault.sentence[:21] for _, _, fault in found if fault] == [
+        "a.jsonl.gz, line 7, i", "a.jsonl.gz, line 8, i"]
+
+
+def test_links_in_a_loop_are_refused(run, tmp_path):
+    (tmp_path / "a").symlink_to("a")
+    assert_refused(run("--input", tmp_path / "a"), "there is no file or folder")
 
 
 def test_strict_refuses_one_bad_byte(run, tmp_path):

@@ -400,3 +400,10 @@ def test_wandb_that_does_not_start_is_one_sentence(monkeypatch):
         init=lambda **k: fail(ValueError("no API key\nconfigured"))))
     with pytest.raises(InputError, match="W&B does not start: no API key configured; log in"):
         start_wandb("x", {})
+
+
+def test_a_log_that_is_a_pipe_is_refused(tmp_path):
+    """Opening it would wait for a reader."""
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match=r"metrics\.jsonl is not a plain file"):
+        RunLog(tmp_path, {})

@@ -136,13 +136,19 @@ def flip(data, place):
     ("rank-00000.safetensors", None), ("state.json", None), ("state.json", lambda data: b"{"),
     ("state.json", lambda data: data.replace(b'"update": 3', b'"update": 4')),
     ("state.json", lambda data: data.replace(b'"format": 1', b'"format": 2')),
-    ("state.json", lambda data: b"[]")])
+    ("state.json", lambda data: b"[]"), ("rank-00000.safetensors", "pipe"),
+    ("state.json", "pipe")])
 def test_a_damaged_state_does_not_count(states, name, change):
     """The one before it does, and that is said; where there is none, that is a sentence."""
     saved(states, 2)
     saved(states, 3)
     file = states.folders()[1] / name
-    file.unlink() if change is None else file.write_bytes(change(file.read_bytes()))
+    if callable(change):
+        file.write_bytes(change(file.read_bytes()))
+    else:
+        file.unlink()
+        if change == "pipe":
+            os.mkfifo(file)
     said = []
     folder, info = states.newest(said.append)
     assert folder.name == "step-000002" and info["progress"].update == 2
@@ -154,7 +160,12 @@ def test_a_damaged_state_does_not_count(states, name, change):
 
 @pytest.mark.parametrize("change", [
     {"files": {"../../secret": {"bytes": 1, "sha256": "x"}}}, {"files": 7}, {"progress": {"a": 1}},
-    {"progress": None}])
+    {"progress": None}, {"files": {"rank-00000.safetensors": 5}}, {"adam_step": {"low": "3"}},
+    {"adam_step": []}, {"config": None}, {"data": 5}, {"made_by": None}, {"metrics": -1},
+    {"progress": {"phase": "think", "update": 3.0}}, {"progress": {"phase": "think", "update": -3}},
+    {"progress": {"phase": "think", "update": 3, "norms": ["1"]}},
+    {"progress": {"phase": "think", "update": 3, "norms": [math.nan]}},
+    {"progress": {"phase": "think", "update": 3, "start_nll": math.inf}}])
 def test_a_forged_state_is_refused(states, change):
     """Files elsewhere are not read, nor words of another version; the sum is right, here."""
     saved(states)

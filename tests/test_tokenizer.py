@@ -76,6 +76,13 @@ def test_a_tokenizer_that_is_no_file(tmp_path):
             load_tokenizer(tmp_path / name)
 
 
+def test_a_tokenizer_that_is_far_too_large_is_not_read(tmp_path):
+    write(tmp_path, words())
+    os.truncate(tmp_path / "tokenizer.json", 2**40)
+    with pytest.raises(InputError, match=r"tokenizer\.json has 1,099,511,627,776 bytes"):
+        load_tokenizer(tmp_path)
+
+
 def test_beginning():
     assert beginning_ids(like_mistral()) == [1]
     assert like_mistral().encode("a").ids == [1, 262]

@@ -27,7 +27,7 @@ import train as script
 from configs import PRESETS, TrainConfig
 from data import fold
 from data.writer import write_dataset
-from nanoqstar import InputError, evaluate, files, hf, runlog, state
+from nanoqstar import InputError, cpu, evaluate, files, hf, runlog, state
 from nanoqstar.dataset import KINDS, PHASES, TokenDataset, stream
 from nanoqstar.device import speed_up
 from nanoqstar.objective import Objective, Valid, quiet_star_loss
@@ -526,6 +526,28 @@ def test_other_settings_are_shown_and_need_force(straight, tmp_path, capsys, arg
             (2, 1e-3 * 0.2), (4, 1e-3 * 0.4), *((n, 0.5 * n / 10) for n in (5, 6, 7))]
         assert files.read_json(config)["learning_rate"] == 0.5
         assert not files.read_json(config)["force"]
+
+
+@pytest.mark.skipif(not cpu.has_onednn(), reason="there is one library only")
+def test_products_stay_with_the_library_that_they_began_with(straight, tmp_path, monkeypatch):
+    """Which is the faster one is timed at a start, and on a busy machine the other may win."""
+    shutil.copytree(straight, tmp_path / "x")
+    folder = tmp_path / "x" / "state" / "step-000007"
+    began = files.read_json(folder / "state.json")["onednn"]
+    monkeypatch.setattr(cpu, "onednn", cpu.onednn)  # as it is, after this test
+    monkeypatch.setattr(cpu, "choose_products", lambda _: setattr(cpu, "onednn", not began))
+    assert script.main(["--resume", str(folder)]) == 0
+    assert cpu.onednn == began
+    assert learned(tmp_path / "x") == learned(straight)
+
+
+def test_a_run_whose_config_was_changed_is_refused(straight, tmp_path, capsys):
+    """By hand, or by a bad disk: the states know their settings."""
+    shutil.copytree(straight, tmp_path / "x")
+    config = tmp_path / "x" / "config.json"
+    files.write_json(config, files.read_json(config) | {"learning_rate": 0.5})
+    check_refused(capsys, script.main(["--resume", str(tmp_path / "x")]),
+                  "the run had other settings: learning_rate 0.001 -> 0.5: leave")
 
 
 def test_data_that_changed_underneath_are_refused(straight, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Preparation cut off at every moment, done twice at once, on a full disk, over other input."""
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from prepared import (
 )
 
 from data import prepare, sources
-from data.writer import DatasetWriter, write_dataset
+from data.writer import DatasetWriter, checksum, write_dataset
 from nanoqstar import InputError
 from nanoqstar.dataset import TokenDataset
 from nanoqstar.files import LOCK, lock
@@ -277,6 +278,48 @@ def test_a_damaged_journal_is_refused(run, three_files, tmp_path, monkeypatch, d
     file = tmp_path / "out.partial" / "journal.json"
     file.write_text(json.dumps(DAMAGE[damage](json.loads(file.read_text()), file.parent)))
     assert_refused(run(*three_files), "journal.json", "damaged", "out.partial and start again")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.starts", "tokenizer.json", "journal.json"])
+def test_a_pipe_in_what_was_interrupted_is_not_waited_for(run, three_files, tmp_path, monkeypatch,
+                                                          name):
+    file = interrupted(run, three_files, tmp_path, monkeypatch, {}).with_name(name)
+    file.unlink()
+    os.mkfifo(file)
+    assert_refused(run(*three_files), "not a plain file" if name[-4:] != "json" else "damaged")
+
+
+@pytest.mark.parametrize("forgery", [
+    {"place": None}, {"place": {"file": "0", "skip": 0}}, {"place": {"file": 0, "skip": -1}},
+    {"files": [{}]}, {"files": 5}, {"revision": 5}, {"left_out": {"kind": 5}}, {"left_out": []},
+    {"train": {"tokens": 0.5, "documents": 1}}, {"val": {}}])
+def test_a_forged_journal_is_refused(run, three_files, tmp_path, monkeypatch, forgery):
+    """Its sum is right, here."""
+    journal = interrupted(run, three_files, tmp_path, monkeypatch, forgery)
+    assert_refused(run(*three_files), str(journal), "damaged")
+
+
+def interrupted(run, three_files, tmp_path, monkeypatch, changes):
+    """The journal of a preparation that was interrupted, with changes and their sum."""
+    def stop(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(DatasetWriter, "fill_short_split", stop)
+        assert run(*three_files)[0] == 130
+    file = tmp_path / "out.partial" / "journal.json"
+    journal = json.loads(file.read_text()) | changes
+    del journal["checksum"]
+    words = hashlib.sha256(file.with_name("tokenizer.json").read_bytes()).hexdigest()
+    file.write_text(json.dumps(journal | {"checksum": checksum(journal, words)}))
+    return file
+
+
+def test_a_journal_does_not_say_which_files_are_read(run, three_files, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "elsewhere.jsonl", ["a secret"] * 9)
+    interrupted(run, three_files, tmp_path, monkeypatch, {
+        "files": [str(tmp_path / "elsewhere.jsonl")], "place": {"file": 0, "skip": 0}})
+    assert run(*three_files)[0] == 0
+    assert not any("secret" in text for text in both(tmp_path / "out"))
 
 
 def test_nobody_reads_the_output(three_files, tmp_path, tokenizer, monkeypatch, capfd):
