@@ -221,7 +221,7 @@ PRESETS = {
     "tiny": Preset(replace(
         FOLD_RECIPE, n_ahead=6, max_length=62, max_steps=160, batch_size=16, learning_rate=1e-3,
         warmup_steps=10, eval_every=40, save_every=40),
-        "2 CPU cores", "177.6 MB", "the embedded demo: thoughts become useful in minutes"),
+        "2 CPU cores", "281.3 MB", "the embedded demo: thoughts become useful in minutes"),
     "small": Preset(replace(
         FOLD_RECIPE, max_length=126, max_steps=400, batch_size=32, learning_rate=3e-4,
         eval_every=50, save_every=50, hidden_size=512, intermediate_size=1536, n_layers=8,
@@ -250,7 +250,7 @@ PRESETS = {
         replace(H200, model_path="Qwen/Qwen2.5-3B", data="data/open-web-math"), "1 GPU, 80 GB",
         "60.5 GB", "the main run on open-web-math, as in the paper"),
     "qwen2_5_7b": Preset(replace(H200, model_path="Qwen/Qwen2.5-7B", grad_accum=8), "2 to 8 H200",
-                         "133.5 GB", "by torchrun: larger than one GPU holds in fp32 masters"),
+                         "155.1 GB", "by torchrun: larger than one GPU holds in fp32 masters"),
     "qwen2_5_7b_48gb": Preset(replace(LORA, model_path="Qwen/Qwen2.5-7B"), "1 GPU, 48 GB",
                               "32.4 GB", "its adapters, which one GPU holds"),
     "mistral_7b_paper": Preset(replace(

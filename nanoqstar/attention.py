@@ -72,6 +72,7 @@ class TwoPart:
 
     def __init__(self, packing: Packing, docs: torch.Tensor) -> None:
         self.packing, self.offset = packing, None
+        self.scores = torch.get_num_threads() * SCORES_PER_PIECE  # of a piece, on all threads
         # (B, 1, n_text, n_text)
         self.text_bias = minus_infinity_where(~text_mask(docs[:, :packing.n_text]))
         self.own_bias = self.own_bias_at(None, docs.device)
@@ -94,7 +95,7 @@ class TwoPart:
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         n, m = self.own_bias.shape  # queries and keys of a position
         scores = q.shape[0] * q.shape[1] * n * (self.packing.n_text + m)
-        pieces = self.pieces(max(1, torch.get_num_threads() * SCORES_PER_PIECE // scores))
+        pieces = self.pieces(max(1, self.scores // scores))
         return _InPieces.apply(q, k, v, pieces, self.packing.n_text)
 
     def pieces(self, size: int) -> list["Piece"]:

@@ -266,8 +266,9 @@ def test_a_run_that_hardly_fits_says_what_would(monkeypatch):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_state_what_is_planned(name):
+def test_presets_state_what_is_planned(monkeypatch, name):
     """On their hardware, which holds it by plan."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     preset = PRESETS[name]
     kind = "cpu" if "CPU" in preset.hardware else "cuda"
     planned = plan.of_run(bench.shape_of(name).model, preset.config, kind)
