@@ -181,7 +181,7 @@ def inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     ids = block[..., None] * BLOCK + torch.arange(BLOCK, device=probs.device)
     inside = probs.gather(1, ids.flatten(1).clamp(max=vocab - 1)).view(ids.shape)
     within, _ = first_beyond(inside.masked_fill_(ids >= vocab, 0), left[..., None])
-    return block * BLOCK + within[..., 0]
+    return (block * BLOCK + within[..., 0]).clamp_(max=vocab - 1)  # NaN: any will do
 
 
 def first_beyond(shares: torch.Tensor, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -221,3 +221,14 @@ def test_lock_of_what_cannot_be_a_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"), lock(tmp_path / "file"):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows")
+@pytest.mark.parametrize("make", [os.mkdir, getattr(os, "mkfifo", None)])
+def test_write_json_replaces_files_alone(tmp_path, make):
+    """To root /dev/null is a name like any other."""
+    make(path := tmp_path / "a")
+    kind = path.stat().st_mode
+    with pytest.raises(InputError, match="is no file"):
+        write_json(path, {})
+    assert path.stat().st_mode == kind and os.listdir(tmp_path) == ["a"]

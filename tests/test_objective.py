@@ -482,3 +482,11 @@ def test_a_single_long_flat_distribution_stays_inside():
     banned[-3:] = banned[:3] = True
     ids, _ = sample_tokens(hidden, weight, torch.tensor([[0.0, BELOW_ONE]]), 1.0, banned)
     assert ids[0, 0] == 3 and 99_000 < ids[0, 1] < 100_000
+
+
+@pytest.mark.parametrize("vocab", [3, 511, 600, 1024])
+def test_no_numbers_give_ids_of_the_vocabulary(vocab):
+    """What follows says that the logits are none: an index beyond the last would hide it."""
+    hidden, weight = torch.full((2, 4), math.nan), torch.ones(vocab, 4)
+    ids, log_probs = sample_tokens(hidden, weight, torch.rand(2, 3))
+    assert ids.min() >= 0 and ids.max() < vocab and log_probs.isnan().all()
