@@ -108,7 +108,7 @@ def of_update(model: Qwen2Config, cfg: Any, kind: str) -> Plan:
     nll = 8 * rows * d + head + chunked(rows)
     policy = 4 * rows * d + head + 8 * live * d + head + chunked(live)
     loss = max(nll, policy if thought else 0)
-    begun = 4 * (rows + live) * d + (2 if thought else 1) * head + 8 * tokens * d + 4 * thought * d
+    begun = 4 * d * (rows + live + 3 * tokens + 2 * thought) + (2 if thought else 1) * head
     a_block = 4 * flops.block_weights(model) / layers * (learning and not adapters)
     stages = {
         "sampling": held + cache + chunked(n * t) * bool(cache),
