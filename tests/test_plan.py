@@ -101,7 +101,7 @@ def test_planned_is_what_torch_allocates(monkeypatch, model, changes):
     planned, staying = plan.of_run(model, cfg, "cpu"), sum(x.nbytes for x in resident)
     assert planned.state == pytest.approx(staying, rel=0.03)
     assert max(planned.stages.values()) == pytest.approx(highest, rel=0.06)
-    assert planned.peak == pytest.approx(staying + highest, rel=0.04)
+    assert planned.peak == pytest.approx(staying + highest, rel=0.05)
     assert planned.least <= staying + highest
 
 
