@@ -38,7 +38,7 @@ class BenchConfig:
         None, "none: the CPU shapes on a CPU, qwen2_5_3b on a GPU", when=SHAPED)
     device: Literal["auto", "cpu", "cuda"] = cli.setting("auto", "auto: cuda if there is one")
     batch_size: int | None = cli.setting(
-        None, "windows; none: the config's", at_least=1, when=SHAPED)
+        None, "windows; none: the config's", at_least=1, when=TRAIN)
     compile: bool = cli.setting(False, "compile on a CPU as well (a GPU always does)", when=TRAIN)
     no_scaling: bool = cli.setting(
         False, "leave out cost against n_ahead, n_passes and max_length", when=TRAIN)

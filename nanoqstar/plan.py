@@ -1,7 +1,7 @@
 """What an update takes before it is run: bytes by what they are for, and days.
 
 The arithmetic follows what the code allocates. On a CPU it is within 15% of what torch's allocator
-counts (tests/test_plan.py); MPS runs the same code. For CUDA (bf16 products, compiled blocks that
+counts at the shapes of tests/test_plan.py; MPS runs the same code. For CUDA (bf16 products, compiled blocks that
 keep what the compiler finds cheapest to keep, no probabilities) it has not been measured.
 """
 
@@ -58,7 +58,8 @@ def of_run(model: Qwen2Config, cfg: Any, kind: str) -> Plan:
 
 
 def of_update(model: Qwen2Config, cfg: Any, kind: str) -> Plan:
-    """Of `train_step` with cfg's settings, once the optimizer has its moments."""
+    """Of `train_step` with cfg's settings, once the optimizer has its moments; at most, where not
+    all is `trainable`."""
     d, inner, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     heads, vocab, gpu = model.num_attention_heads, model.vocab_size, kind == "cuda"
     q, kv = heads * model.head_dim, model.num_key_value_heads * model.head_dim
@@ -101,6 +102,8 @@ def of_update(model: Qwen2Config, cfg: Any, kind: str) -> Plan:
         recomputed = round(share * layers)
         blocks = recomputed * inputs + (layers - recomputed) * whole
         again = whole - inputs if recomputed == layers else 0
+    if cfg.trainable == "mixing_head":  # no gradient goes through them
+        blocks = again = 0
     backward = number * tokens * (2 * d + 2 * inner + (4 * q if gpu else 0))
     kept = blocks + 8 * tokens * d + 4 * d * ends + 8 * packed * model.head_dim
 
@@ -117,7 +120,7 @@ def of_update(model: Qwen2Config, cfg: Any, kind: str) -> Plan:
     nll = 8 * rows * d + head + chunked(rows)
     policy = 4 * rows * d + head + 8 * live * d + head + chunked(live)
     loss = max(nll, policy if thought else 0)
-    begun = 4 * (rows + live) * d + (2 if thought else 1) * head + 8 * tokens * d + 4 * thought * d
+    begun = 4 * d * (rows + live + 3 * tokens + 2 * thought) + (2 if thought else 1) * head
     a_block = 4 * flops.block_weights(model) / layers * (learning and not adapters)
     stages = {
         "sampling": held + cache + chunked(n * t) * bool(cache),

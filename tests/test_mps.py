@@ -45,8 +45,8 @@ import sample, train
 from data import fold, prepare
 from test_train import start
 assert start(sys.argv[2]) == 0
-found = {"triton", "torch._inductor.compile_fx"} & sys.modules.keys()
-assert not found and not torch.cuda.is_initialized(), found
+compiler = "torch._inductor.compile_fx" in sys.modules
+assert not compiler and not torch.cuda.is_initialized()
 print("trained", len(ROOMS))
 """
 

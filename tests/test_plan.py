@@ -18,6 +18,7 @@ CPU = torch.device("cpu")
 DEEP = bench.qwen(128, 6, 8, 2, 344, 2048, tied=False, bias=False)  # activations outweigh the head
 FLAT = bench.qwen(128, 6, 8, 8, 344, 500)  # every head has keys of its own
 WIDE = bench.qwen(64, 2, 4, 2, 172, 20_000)  # the other way round
+SHALLOW = bench.qwen(64, 1, 4, 2, 16, 50)  # the mixing head outweighs the block
 UNTIED = replace(WIDE, tie_word_embeddings=False)
 CFG = TrainConfig(model_path="a model", batch_size=2, n_ahead=7, n_passes=2, max_length=31)
 CASES = [
@@ -33,6 +34,8 @@ CASES = [
     (WIDE, {}), (WIDE, dict(grad_accum=2)), (WIDE, dict(lora_rank=8)), (UNTIED, dict(grad_accum=2)),
     (WIDE, dict(max_length=2, batch_size=1)), (UNTIED, dict(max_length=2, batch_size=1)),
     (WIDE, dict(n_ahead=0, max_length=127, batch_size=8)),
+    (WIDE, dict(n_ahead=0, max_length=8, batch_size=1)),
+    (SHALLOW, dict(n_ahead=3, n_ahead_talk=12)),
     (WIDE, dict(policy_weight=0.0, max_length=8)),
     (WIDE, dict(clamp_advantage=False, max_length=8)),
 ]
@@ -84,8 +87,8 @@ def test_the_count_sees_what_no_operation_returns():
 
 
 def name_of(x):
-    return str(x) if isinstance(x, dict) else {DEEP: "deep", FLAT: "flat", WIDE: "wide"}.get(
-        x, "untied")
+    names = {DEEP: "deep", FLAT: "flat", WIDE: "wide", UNTIED: "untied", SHALLOW: "shallow"}
+    return str(x) if isinstance(x, dict) else names[x]
 
 
 @pytest.mark.parametrize(("model", "changes"), CASES, ids=name_of)
@@ -96,8 +99,8 @@ def test_planned_is_what_torch_allocates(monkeypatch, model, changes):
     update, resident = update_of(model, cfg)
     highest = allocated(update)
     planned, staying = plan.of_run(model, cfg, "cpu"), sum(x.nbytes for x in resident)
-    assert planned.state == pytest.approx(staying, rel=0.02)
-    assert max(planned.stages.values()) == pytest.approx(highest, rel=0.1)
+    assert planned.state == pytest.approx(staying, rel=0.03)
+    assert max(planned.stages.values()) == pytest.approx(highest, rel=0.06)
     assert planned.peak == pytest.approx(staying + highest, rel=0.05)
     assert planned.least <= staying + highest
 
