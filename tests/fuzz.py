@@ -475,7 +475,8 @@ def command_lines(n: int, seed: int) -> list[tuple]:
         return options(cls).map(lambda x: (main, [*base, *x], inputs, out))
 
     new = [*TINY, "--data=data", "--out_dir=out"]
-    out = ("out", "out.partial", "é", "é.partial", "data", "data.partial")
+    out = ("out", "out.partial", "é", "é.partial", "data", "data.partial", "\udcff",
+           "\udcff.partial")
     lines = st.one_of(
         *[st.tuples(FIRST, options(TrainConfig)).map(lambda x: (
             train.main, [x[0], *new, *x[1]], ("data", "run"), out))] * 4,
