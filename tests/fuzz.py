@@ -665,11 +665,11 @@ class Runner:
             time.sleep(0.004)
         code = os.waitstatus_to_exitcode(status)
         grown = (usage.ru_maxrss << 10) - self.base if usage else 0
-        cpu = usage.ru_utime + usage.ru_stime if usage else 0  # else it waits for what never comes
+        cpu = usage.ru_utime + usage.ru_stime if usage else 0  # little: it waits for what never comes
         said = (self.slot.parent / "stderr").read_text(errors="replace")
         last = said.strip("\n").splitlines()[-1:] or [""]
         if "Traceback" in said or (code not in (0, 2) and not (
-                asked and (code == 143 or (code == -15 and cpu > 1)))):
+                asked and code in (143, -15) and cpu > 1)):
             wrong.append(f"exit code {code}")
         if code == 2 and not last[0].startswith("error: "):
             wrong.append("no sentence")
