@@ -222,9 +222,10 @@ def claimed(partial: Path) -> Iterator[None]:
         raise foreign
     try:
         with lock(partial):
-            if not (partial / JOURNAL).exists() and not all(
-                    path.name in NAMES and path.is_file() and not path.is_symlink()
-                    for path in partial.iterdir()):
+            inside = [*partial.iterdir()]
+            if any(path.is_symlink() for path in inside) or (
+                    not (partial / JOURNAL).exists() and not all(
+                        path.name in NAMES and path.is_file() for path in inside)):
                 raise foreign
             try:
                 yield

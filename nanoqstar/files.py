@@ -29,9 +29,9 @@ def shown(name: str) -> str:
 
 def plain(path: str | os.PathLike) -> Path:
     """`path`, a file or nothing yet; InputError where it is anything else: opening a pipe, say,
-    waits until somebody writes."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{path} is not a plain file: remove what is there")
+    waits until somebody writes, and through a link to nothing a file is made elsewhere."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is not a plain file, nor a link to one: remove what is there")
     return Path(path)
 
 

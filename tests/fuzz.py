@@ -475,7 +475,8 @@ def command_lines(n: int, seed: int) -> list[tuple]:
         return options(cls).map(lambda x: (main, [*base, *x], inputs, out))
 
     new = [*TINY, "--data=data", "--out_dir=out"]
-    out = ("out", "out.partial", "é", "é.partial", "data", "data.partial")
+    out = ("out", "out.partial", "é", "é.partial", "data", "data.partial", "\udcff",
+           "\udcff.partial")
     lines = st.one_of(
         *[st.tuples(FIRST, options(TrainConfig)).map(lambda x: (
             train.main, [x[0], *new, *x[1]], ("data", "run"), out))] * 4,
@@ -664,11 +665,11 @@ class Runner:
             time.sleep(0.004)
         code = os.waitstatus_to_exitcode(status)
         grown = (usage.ru_maxrss << 10) - self.base if usage else 0
-        cpu = usage.ru_utime + usage.ru_stime if usage else 0  # else it waits for what never comes
+        cpu = usage.ru_utime + usage.ru_stime if usage else 0  # little: it waits for what never comes
         said = (self.slot.parent / "stderr").read_text(errors="replace")
         last = said.strip("\n").splitlines()[-1:] or [""]
         if "Traceback" in said or (code not in (0, 2) and not (
-                asked and (code == 143 or (code == -15 and cpu > 1)))):
+                asked and code in (143, -15) and cpu > 1)):
             wrong.append(f"exit code {code}")
         if code == 2 and not last[0].startswith("error: "):
             wrong.append("no sentence")

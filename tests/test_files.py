@@ -33,7 +33,8 @@ def test_read_json_of_what_is_no_file(tmp_path):
     with pytest.raises(InputError, match=r"a\.json is missing"):
         read_json(tmp_path / "a.json")
     os.mkfifo(tmp_path / "pipe.json")  # opening it would wait for ever
-    for path in (tmp_path, tmp_path / "pipe.json"):
+    (tmp_path / "link.json").symlink_to("nothing")
+    for path in (tmp_path, tmp_path / "pipe.json", tmp_path / "link.json"):
         with pytest.raises(InputError, match="is not a plain file"):
             read_json(path)
 

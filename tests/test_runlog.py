@@ -402,8 +402,11 @@ def test_wandb_that_does_not_start_is_one_sentence(monkeypatch):
         start_wandb("x", {})
 
 
-def test_a_log_that_is_a_pipe_is_refused(tmp_path):
-    """Opening it would wait for a reader."""
-    os.mkfifo(tmp_path / "metrics.jsonl")
-    with pytest.raises(InputError, match=r"metrics\.jsonl is not a plain file"):
-        RunLog(tmp_path, {})
+def test_a_log_that_is_no_file_is_refused(tmp_path):
+    """Opening it would wait for a reader; through a link, a file would be made elsewhere."""
+    for make in (os.mkfifo, lambda path: os.symlink(tmp_path / "elsewhere", path)):
+        make(tmp_path / "metrics.jsonl")
+        with pytest.raises(InputError, match=r"metrics\.jsonl is not a plain file"):
+            RunLog(tmp_path, {})
+        (tmp_path / "metrics.jsonl").unlink()
+    assert not (tmp_path / "elsewhere").exists()

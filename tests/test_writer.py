@@ -289,6 +289,17 @@ def test_a_pipe_in_what_was_interrupted_is_not_waited_for(run, three_files, tmp_
     assert_refused(run(*three_files), "not a plain file" if name[-4:] != "json" else "damaged")
 
 
+@pytest.mark.parametrize("target", ["nothing", "precious"])
+def test_nothing_is_written_through_a_link(run, three_files, tmp_path, monkeypatch, target):
+    (tmp_path / "precious").write_bytes(b"mine")
+    file = interrupted(run, three_files, tmp_path, monkeypatch, {}).with_name("train.bin")
+    file.unlink()
+    file.symlink_to(tmp_path / target)
+    assert_refused(run(*three_files), "out.partial", "holds something else")
+    assert (tmp_path / "precious").read_bytes() == b"mine"
+    assert not (tmp_path / "nothing").exists()
+
+
 @pytest.mark.parametrize("forgery", [
     {"place": None}, {"place": {"file": "0", "skip": 0}}, {"place": {"file": 0, "skip": -1}},
     {"files": [{}]}, {"files": 5}, {"revision": 5}, {"left_out": {"kind": 5}}, {"left_out": []},
