@@ -665,7 +665,7 @@ class Runner:
             time.sleep(0.004)
         code = os.waitstatus_to_exitcode(status)
         grown = (usage.ru_maxrss << 10) - self.base if usage else 0
-        cpu = usage.ru_utime + usage.ru_stime if usage else 0  # little: it waits for what never comes
+        cpu = usage.ru_utime + usage.ru_stime if usage else 0  # little: it just waits
         said = (self.slot.parent / "stderr").read_text(errors="replace")
         last = said.strip("\n").splitlines()[-1:] or [""]
         if "Traceback" in said or (code not in (0, 2) and not (
