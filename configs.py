@@ -221,7 +221,7 @@ PRESETS = {
     "tiny": Preset(replace(
         FOLD_RECIPE, n_ahead=6, max_length=62, max_steps=160, batch_size=16, learning_rate=1e-3,
         warmup_steps=10, eval_every=40, save_every=40),
-        "2 CPU cores", "281.3 MB", "the embedded demo: thoughts become useful in minutes"),
+        "2 CPU cores", "287.6 MB", "the embedded demo: thoughts become useful in minutes"),
     "small": Preset(replace(
         FOLD_RECIPE, max_length=126, max_steps=400, batch_size=32, learning_rate=3e-4,
         eval_every=50, save_every=50, hidden_size=512, intermediate_size=1536, n_layers=8,

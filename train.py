@@ -252,8 +252,7 @@ def run_on_all(name: str, cfg: TrainConfig) -> None:
             state = parallel.together(find_state, cfg, States(folder / "state", cfg.keep))
             wandb = parallel.together(
                 lambda: start_wandb(name, config) if cfg.wandb and not parallel.rank() else None)
-            peak = (flops.peak_flops(device) or 0) * parallel.size() or None
-            log = RunLog(folder, config, wandb, peak, cfg.keep)
+            log = RunLog(folder, config, wandb, flops.peak_flops(device), cfg.keep)
             this = prepare(cfg, fold.Corpus.of(cfg), log, signals, device, splits, loaded, state)
         with log.saying_what_is_kept():
             pretrain(this)

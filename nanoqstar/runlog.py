@@ -158,9 +158,10 @@ class RunLog:
 
     def __init__(self, folder: Path, config: dict[str, Any], wandb: Any = None,
                  peak: float | None = None, keep: int = 2) -> None:
-        """config: the run's settings, kept with it. peak: FLOP/s of the device, where known.
+        """config: the run's settings, kept with it. peak: FLOP/s of a device, where known.
         keep: so many states. A run that goes on writes nothing here before `go_on`."""
-        self.folder, self.config, self.wandb, self.peak = folder, config, wandb, peak
+        self.folder, self.config, self.wandb = folder, config, wandb
+        self.peak = peak and peak * parallel.size()
         self.pretrained = 0  # updates
         self.advice = OUT_OF_MEMORY
         self.saved: tuple[Path, int] | None = None  # the newest of what is saved, and its update
