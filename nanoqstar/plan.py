@@ -1,8 +1,9 @@
 """What an update takes before it is run: bytes by what they are for, and days.
 
 The arithmetic follows what the code allocates. On a CPU it is within 15% of what torch's allocator
-counts at the shapes of tests/test_plan.py; MPS runs the same code. For CUDA (bf16 products, compiled blocks that
-keep what the compiler finds cheapest to keep, no probabilities) it has not been measured.
+counts at the shapes of tests/test_plan.py; MPS runs the same code. For CUDA (bf16 products,
+compiled blocks that keep what the compiler finds cheapest to keep, no probabilities) it has not
+been measured.
 """
 
 from collections.abc import Iterator
