@@ -31,10 +31,10 @@ def is_large(x: torch.Tensor) -> bool:
 
 
 def keep_memory() -> None:
-    """Freed memory stays with the process (glibc): every step needs the same again, and fresh pages
-    cost a fifth of a step with a real vocabulary."""
+    """Freed memory stays with the process (glibc), but for the largest pieces: every step needs the
+    same again, and fresh pages cost a fifth of a step with a real vocabulary."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-3, 2**26)  # M_MMAP_THRESHOLD: of the pieces that are given back
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
