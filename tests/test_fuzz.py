@@ -45,7 +45,7 @@ fuzz.watch(os.getcwd(), 1)
 open('inside', 'w'), open('inside'), open(fuzz.__file__), os.listdir('.')  # may be done
 for act in (lambda: open('beside/a'), lambda: open('../a', 'w'), lambda: pickle.loads(data),
             lambda: os.listdir('..'), lambda: os.system('true') or 1,
-            lambda: os.rename('inside', '../b'), lambda: open('/root/x'),
+            lambda: os.rename('inside', '../b'), lambda: open('/nowhere/x'),
             lambda: open(fuzz.__file__, 'a'), lambda: exec(compile('1', '/tmp/evil.py', 'exec')),
             os.fork):
     os.write(1, b'-')
