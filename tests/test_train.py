@@ -1111,6 +1111,7 @@ def test_absurd_sizes_are_refused_before_anything_is_made(tmp_path, monkeypatch,
     (["--start_init_text", "z"], "start_init_text: the tokenizer cannot encode 'z'"),
     (["--end_init_text", ""], "end_init_text: '' has no tokens"),
     (["--thoughts_from", "z"], "thoughts_from: the tokenizer cannot encode 'z'"),
+    (["--n_ahead", "0", "--max_length", "20000"], "a window of 20,002 tokens does not fit"),
     (["--max_length", "2", "--n_ahead", "2047"], "more than the model's context"),
     (["--device", "mps"], "device mps is not available here"),
     (["--max_step", "3"], "unknown option --max_step; did you mean --max_steps?")])
