@@ -108,8 +108,10 @@ class QuietStar(nn.Module):
         The mixing head's last layer is zero: training starts exactly at the base model.
         """
         for vector, ids in ((self.start_embedding, start_ids), (self.end_embedding, end_ids)):
-            mean = self.lm.embed(torch.as_tensor(ids, device=vector.device)).mean(0)
-            vector.copy_(torch.zeros_like(vector) if self.reread else mean)
+            if self.reread:
+                vector.zero_()
+            else:
+                vector.copy_(self.lm.embed(torch.as_tensor(ids, device=vector.device)).mean(0))
         generator = torch.Generator().manual_seed(seed)
         head: Any = self.mixing_head
         for layer in (head[0], head[2]):

@@ -139,7 +139,8 @@ class Run:
     def init_thoughts(self) -> None:
         """Fresh start, end and mixing head; those of an earlier run are never initialised again."""
         if self.origin is None or not self.origin.thinking.n_ahead:
-            start, end = (encode(self.tokenizer, getattr(self.cfg, name), name)
+            start, end = ([] if self.model.reread else
+                          encode(self.tokenizer, getattr(self.cfg, name), name)
                           for name in ("start_init_text", "end_init_text"))
             with parallel.gathered(self.model):
                 self.model.init_thoughts(start, end, self.cfg.seed)
