@@ -166,13 +166,16 @@ class QuietStar(nn.Module):
             x = thoughts[..., step].transpose(1, 2).flatten(1)
         return thoughts, sampled_lp
 
-    def score(self, text: torch.Tensor, docs: torch.Tensor, thoughts: torch.Tensor) -> States:
+    def hidden_states(self, text: torch.Tensor, docs: torch.Tensor, thoughts: torch.Tensor
+                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One packed forward over text, thoughts and teacher-forced lookahead.
 
-        text, docs: (B, T+A). thoughts: (B, P, T, S). Gradients flow through all of it.
+        text, docs: (B, T+A). thoughts: (B, P, T, S). Gradients flow through all of it. Returns the
+        states of text (B, T+A-1, D), of start, t_1 .. t_(S-1) (B, P, T, S, D), and of end and
+        lookahead (B, P, T, A, D).
         """
         layout = ThoughtLayout.of(text, thoughts, self.reread)
-        packing, n_talk = layout.packing, layout.n_ahead_talk
+        packing = layout.packing
         ids, is_start, is_end = layout.pack(text, thoughts)
         x = self.lm.embed(ids)
         x = torch.where(is_start[:, None], self.delimiter(self.start_embedding, x), x)
@@ -180,13 +183,19 @@ class QuietStar(nn.Module):
         hidden = self.lm(x, packing.rope_positions(text.device), packed_attention(packing, docs))
         base, start, branches = packing.split(hidden)
         # t_1 .. t_S; end, lookahead
-        thought, talk = branches.split((layout.n_sampled, n_talk), dim=3)
+        thought, talk = branches.split((layout.n_sampled, layout.n_ahead_talk), dim=3)
         start = start[:, None, :, None].expand(-1, layout.n_passes, -1, -1, -1)
+        return base, torch.cat((start, thought[..., :-1, :]), dim=3), talk
+
+    def score(self, text: torch.Tensor, docs: torch.Tensor, thoughts: torch.Tensor) -> States:
+        """`hidden_states`, and what the mixing head makes of text and lookahead (paper 4.3)."""
+        base, thought, talk = self.hidden_states(text, docs, thoughts)
+        n_talk = talk.shape[3]
         base_ahead, base_half = (  # (B, 1, T, A, D): the same targets as talk
             x.unfold(1, n_talk, 1).movedim(-1, 2)[:, None]
             for x in (base, self.mixing_head.base_half(base)))
         mix = self.mixing_head(base_half, talk)
-        return States(base=base, thought=torch.cat((start, thought[..., :-1, :]), dim=3),
+        return States(base=base, thought=thought,
                       mixed=base_ahead + mix * (talk - base_ahead), mix=mix[..., 0])
 
     def loss(self, text: torch.Tensor, docs: torch.Tensor, thoughts: torch.Tensor,
