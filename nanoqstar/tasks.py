@@ -302,6 +302,14 @@ def compare(scores: Tensor) -> dict[str, Any]:
     return found
 
 
+def line(name: str, found: dict[str, Any]) -> str:
+    """What an evaluation during training adds to its line; found: `answers.measure`'s."""
+    figures = (f"{what.replace('_', ' ')} {x['base']:.1%}"
+               + (f" -> {x['thoughts']:.1%}" if "thoughts" in x else "")
+               for what, x in found.items() if what != "n")
+    return f"; {name} (n={found['n']}): {', '.join(figures)}"
+
+
 def table(title: str, rows: dict[str, dict[str, Any]]) -> str:
     """What `compare` has found, by name, in per cent."""
     lines = [title, f"{'':14}{'base':>8}{'thoughts':>10}   difference, 95% interval   spread"]
