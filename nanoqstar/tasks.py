@@ -97,8 +97,12 @@ def read_texts(name: str, source: str | None = None) -> list[tuple[str, str]]:
     schema, else from the Hub: this revision, this sum. Raises InputError."""
     task, path = TASKS[name], source
     if path is None:
-        path = fetch(hf_hub_download, task.repo, task.file, repo_type="dataset",
-                     revision=task.revision)
+        try:
+            path = fetch(hf_hub_download, task.repo, task.file, repo_type="dataset",
+                         revision=task.revision)
+        except InputError as error:
+            raise InputError(f"{error}, or a copy of its {task.file} (--input FILE, in training "
+                             f"--eval_tasks {name}=FILE)") from None
         if hashlib.sha256(Path(path).read_bytes()).hexdigest() != task.sha256:
             raise InputError(f"{path} is not the file that {task.repo} has published: delete it "
                              "and try again")
@@ -312,13 +316,18 @@ def line(name: str, found: dict[str, Any]) -> str:
 
 def table(title: str, rows: dict[str, dict[str, Any]]) -> str:
     """What `compare` has found, by name, in per cent."""
-    lines = [title, f"{'':14}{'base':>8}{'thoughts':>10}   difference, 95% interval   spread"]
+    some = next(iter(rows.values()))
+    head = f"{'':12}{'base':>9}"
+    if "thoughts" in some:
+        head += f"{'thoughts':>10}{'difference':>12}   95% interval"
+        head += "        spread" * (some["spread"] is not None)
+    lines = [title, head]
     for name, found in rows.items():
-        line = f"{name:14}{found['base']:8.2%}"
+        line = f"{name:12}{found['base']:9.2%}"
         if "thoughts" in found:
             low, high = found["difference_interval"]
-            spread = "" if found["spread"] is None else f"{found['spread']:.2%}"
-            line += (f"{found['thoughts']:10.2%}   {found['difference']:+8.2%}  "
-                     f"{low:+.2%} .. {high:+.2%}   {spread}")
+            line += (f"{found['thoughts']:10.2%}{found['difference']:+12.2%}   "
+                     f"{f'{low:+.2%} .. {high:+.2%}':20}")
+            line += "" if found["spread"] is None else f"{found['spread']:.2%}"
         lines.append(line.rstrip())
     return "\n".join(lines)

@@ -84,28 +84,31 @@ def gains(scores: TextScores) -> dict[str, Any]:
     return found
 
 
+def with_error(x: dict[str, Any]) -> str:
+    return f"{x['gain']:+.4f}" + ("" if x["gain_error"] is None else f" +-{x['gain_error']:.4f}")
+
+
 def gains_table(found: dict[str, dict[str, Any]]) -> str:
-    """One line for each setting."""
+    """A line for each setting, then one for each decile of base NLL."""
     some = next(iter(found.values()))
-    lines = [f"{some['windows']:,} windows, {some['tokens']:,} tokens; gain in nats a token, with "
-             "95% intervals by window",
-             f"{'':31}{'NLL':^16}{'perplexity':^18}",
-             f"{'':31}{'base':>8}{'thoughts':>8}{'base':>9}{'thoughts':>9}{'gain':>18}"
-             f"{'hardest tenth':>19}{'tokens helped':>15}{'gain ahead':>11}"]
-    for name, x in found.items():
-        line = (f"{name:31}{x['nll_base']:8.4f}{x['nll_mixed']:8.4f}{x['perplexity_base']:9.2f}"
-                f"{x['perplexity_mixed']:9.2f}")
-        if "deciles" in x:
-            hardest = x["deciles"][-1]
-            pairs = [f"{gain:+.4f}" + ("" if error is None else f" +-{error:.4f}") for gain, error
-                     in ((x["gain"], x["gain_error"]), (hardest["gain"], hardest["gain_error"]))]
-            line += f"{pairs[0]:>18}{pairs[1]:>19}{x['helped']:15.1%}{x['gain_ahead']:+11.4f}"
-        lines.append(line)
-    for name, x in found.items():
-        if "deciles" in x:
-            lines.append(f"gain by decile of base NLL (easy to hard), {name}: "
-                         + " ".join(f"{d['gain']:+.3f}" for d in x["deciles"]))
-    return "\n".join(lines)
+    counts = f"{some['windows']:,} windows, {some['tokens']:,} tokens"
+    if "deciles" not in some:
+        return (f"{counts}\nNLL base {some['nll_base']:.4f}, perplexity "
+                f"{some['perplexity_base']:.2f}")
+    lines = [f"{counts}; gain in nats a token, with 95% intervals by window; gain ahead: over all "
+             "n_ahead_talk tokens",
+             f"{'':26}{'NLL base':>9}{'thoughts':>10}{'perplexity':>12}{'thoughts':>10}{'gain':>18}"
+             f"{'tokens helped':>15}{'gain ahead':>12}"]
+    lines += [f"{name:26}{x['nll_base']:9.4f}{x['nll_mixed']:10.4f}{x['perplexity_base']:12.2f}"
+              f"{x['perplexity_mixed']:10.2f}{with_error(x):>18}{x['helped']:15.1%}"
+              f"{x['gain_ahead']:+12.4f}" for name, x in found.items()]
+    lines += ["", f"{'decile of base NLL':26}{'NLL base':>9}"
+              + "".join(f"{f'gain, {name}':>33}" for name in found)]
+    deciles = list(zip(*(x["deciles"] for x in found.values())))
+    names = ["easiest", *map(str, range(2, len(deciles))), "hardest"][-len(deciles):]
+    return "\n".join([*lines, *(f"{name:26}{row[0]['nll_base']:9.4f}"
+                                + "".join(f"{with_error(x):>33}" for x in row)
+                                for name, row in zip(names, deciles))])
 
 
 def run_text(cfg: Any, model: QuietStar, settings: hf.Settings, tokenizer: Tokenizer, n_ahead: int

@@ -300,7 +300,7 @@ def test_rows_of_another_schema(tmp_path, name, row, word):
 
 def test_files_that_cannot_be_read(tmp_path):
     for name, content, word in (("a.jsonl", b"{", "cannot be read"), ("b.jsonl", b"", "no questi"),
-                                ("c.jsonl.gz", b"x", "cannot be read"), ("d.jsonl", None, "No such"),
+                                ("c.jsonl.gz", b"x", "cannot be read"), ("d.jsonl", None, "No su"),
                                 ("e.parquet", b"x", "cannot be read")):
         if content is not None:
             (tmp_path / name).write_bytes(content)
@@ -391,11 +391,15 @@ def test_an_interval_is_over_items_and_repeats_itself():
 def test_tables():
     found = {"base": 0.059, "base_interval": [0, 1], "thoughts": 0.109, "thoughts_interval": [0, 1],
              "difference": 0.05, "difference_interval": [0.042, 0.058], "spread": 0.002}
-    said = tasks.table("gsm8k", {"answer_prob": found, "exact_match": {"base": 0.5}}).splitlines()
+    said = tasks.table("gsm8k", {"answer_prob": found}).splitlines()
     assert said[0] == "gsm8k"
+    assert said[1].split() == ["base", "thoughts", "difference", "95%", "interval", "spread"]
     assert said[2].split() == ["answer_prob", "5.90%", "10.90%", "+5.00%", "+4.20%", "..",
                                "+5.80%", "0.20%"]
-    assert said[3].split() == ["exact_match", "50.00%"]
+    assert said[2].index("10.90%") + 6 == said[1].index("thoughts") + 8
+    assert said[2].index("0.20%") == said[1].index("spread")
+    assert tasks.table("x", {"maj@1": {"base": 0.5}}).splitlines()[1:] == [
+        "                 base", "maj@1          50.00%"]
     assert tasks.line("gsm8k", {"n": 3, "answer_prob": found}) == (
         "; gsm8k (n=3): answer prob 5.9% -> 10.9%")
 
