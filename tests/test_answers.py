@@ -162,7 +162,7 @@ def test_the_protocol(model, scripted, tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "CHAIN_TOKENS", 40)
     end = [*TOKENIZER.encode(" so 5", add_special_tokens=False).ids[1:], END]
     chains = [" 3 and 15.\n\nQ: What", " one\n\n\ntwo\n\n\nthree", end, " on and on " + "x" * 60]
-    shown = ["3 and 15.", "one\n\n\ntwo", "so 5", "on and on " + "x" * 29]
+    shown = ["3 and 15.", "one\n\n\ntwo", "so 5", "on and on " + "x" * 30]
 
     def script(text, n_ahead, n):
         if text.endswith(FINAL):
@@ -183,12 +183,13 @@ def test_the_protocol(model, scripted, tmp_path, monkeypatch):
 
 
 def script_of(table):
-    """Chains `#n`, and their numbers by question, thoughts and turn."""
+    """Chains, and their numbers by question, thoughts and turn."""
     def script(text, n_ahead, n):
         if not text.endswith(FINAL):
-            return f" #{n}{n_ahead}" + "-" * (n + 3) + "\n\n\n\n\n\n"
+            first = "FGIJKLMNO"[n] if n_ahead else "fgijklmno"[n]  # no two chains begin alike
+            return first + "-" * (n + 3) + "\n\n\n\n\n\n"
         question = next(i for i, (q, _) in enumerate(QUESTIONS) if q in text)
-        number = table[question, n_ahead > 0][int(text.split("#")[1][0])]
+        number = table[question, n_ahead > 0]["fgijklmno".index(text.split(PROMPT)[1][0].lower())]
         return " none" if number is None else f" {number} apples"
     return script
 
