@@ -166,8 +166,8 @@ def test_the_protocol(model, scripted, tmp_path, monkeypatch):
 
     def script(text, n_ahead, n):
         if text.endswith(FINAL):
-            return {"3": " 1,8 or 9", "o": " what? Q: 18", "s": ": 18.", "x": " -"}.get(
-                text.split(PROMPT)[1].strip()[0], " 99")
+            return {"3": " 1,8 or 9", "o": " what? Q: 18", "s": ": 18."}[
+                text.split(PROMPT)[1].strip()[0]]
         assert text == f"Q: {QUESTIONS[0][0]}\nA: Let's think step by step."
         return chains[n]
 
@@ -178,7 +178,7 @@ def test_the_protocol(model, scripted, tmp_path, monkeypatch):
     assert sorted(prompts) == sorted(
         first + chain + "\nTherefore, the answer (arabic numerals) is" for chain in shown)
     assert {row["text"].removeprefix(first)[0]: row["answer"]
-            for row in rows(tmp_path / "x.jsonl")} == {"3": 18, "o": 99, "s": 18}
+            for row in rows(tmp_path / "x.jsonl")} == {"3": 18, "o": None, "s": 18}
     assert found["n"] == 1
 
 
