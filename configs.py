@@ -1,6 +1,6 @@
 """Every setting of the three scripts, typed and explained, and the presets."""
 
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ ADAPTERS = When("adapters (lora_rank above 0)", lambda c: c.lora_rank > 0)
 DATASET = When("a Hugging Face dataset (input none)", lambda c: c.input is None)
 Device = Literal["auto", "cuda", "mps", "cpu"]
 AUTO = "auto: the first of cuda, mps, cpu there is"
+TASKS = ("gsm8k", "commonsense_qa")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +161,13 @@ class TrainConfig:
         10, "updates between lines in the log and in metrics.jsonl", at_least=1)
     eval_every: int = setting(500, "updates between evaluations on val", at_least=1)
     eval_windows: int = setting(16, "val windows of an evaluation", at_least=1, at_most=10**6)
+    eval_tasks: str | None = setting(
+        None, "questions answered at every evaluation, with and without thoughts: gsm8k, "
+        "commonsense_qa or both with a comma; gsm8k=FILE: from a .parquet or .jsonl of that schema "
+        "instead of from the Hub", at_least=1)
+    eval_limit: int | None = setting(
+        200, "the first so many questions of each; none: all", at_least=1,
+        when=When("eval_tasks", lambda c: c.eval_tasks is not None))
     save_every: int = setting(1000, "updates between saves (a state, and the model for others); "
                               "one is always written at the end, or when Ctrl-C or SIGTERM ends "
                               "the run", at_least=1)
@@ -191,10 +199,27 @@ class TrainConfig:
         if self.normalize_advantage and self.grad_accum > 1:
             raise InputError("normalize_advantage takes each forward by itself: set grad_accum 1 "
                              "and a larger batch_size")
+        if self.eval_tasks and self.thoughts_from:
+            raise InputError("eval_tasks answers with the model's own thoughts: leave it or "
+                             "thoughts_from out")
+        _ = self.task_files
+
+    @property
+    def task_files(self) -> dict[str, str | None]:
+        """{task of eval_tasks: its file, or none for the Hub's}."""
+        files = {}
+        for word in self.eval_tasks.split(",") if self.eval_tasks else ():
+            name, given, file = word.partition("=")
+            if name not in TASKS or name in files or (given and not file):
+                raise InputError(f"--eval_tasks: {word!r} is none of {', '.join(TASKS)}, each at "
+                                 "most once, or NAME=FILE")
+            files[name] = file or None
+        return files
 
 
 # what a resumed run may change without --force: nothing that is learned depends on it
-HARMLESS = {"max_base_rise", "log_every", "eval_every", "save_every", "keep", "save_dtype", "wandb"}
+HARMLESS = {"max_base_rise", "log_every", "eval_every", "eval_tasks", "eval_limit", "save_every",
+            "keep", "save_dtype", "wandb"}
 
 
 def changes(before: TrainConfig, now: TrainConfig) -> tuple[list[str], list[str]]:
@@ -336,6 +361,77 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+COT = When("gsm8k with --cot", lambda c: c.task == "gsm8k" and c.cot)
+TEXT = When("the task text", lambda c: c.task == "text")
+QUESTIONS = When("gsm8k and commonsense_qa", lambda c: c.task in TASKS)
+ONE_PASS = When("gsm8k and commonsense_qa, without --cot", lambda c: c.task in TASKS and not c.cot)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    task: Literal["gsm8k", "commonsense_qa", "text"] = setting(
+        MISSING, "questions of the paper's two tasks, or text")
+    model_path: str = setting(MISSING, "a run's folder, a checkpoint, a model folder or a Hub id",
+                              at_least=1)
+    tokenizer: str | None = setting(
+        None, "folder or Hub id of the tokenizer; none: the model's own", at_least=1)
+    input: str | None = setting(
+        None, "questions: a .parquet or .jsonl (also .gz) of the published schema; none: the "
+        "published file, from the Hub. text: a folder made by data/prepare.py, of which val is "
+        "read, or a text file", at_least=1)
+    limit: int | None = setting(None, "the first so many questions; none: all", at_least=1,
+                                when=QUESTIONS)
+    n_ahead: int | None = setting(
+        None, "tokens of a thought, start and end included; none: as trained", at_least=3)
+    samples: int = setting(3, "times that every answer is thought about anew: their spread is the "
+                           "noise of one sampled thought a position", at_least=1, at_most=1000,
+                           when=ONE_PASS)
+    seed: int = setting(0, "of thoughts, and of sampled text", at_least=0, below=2**63)
+    batch_size: int = setting(16, "texts of a forward", at_least=1)
+    json: str | None = setting(None, "a file for the same figures, for programs", at_least=1)
+    device: Device = setting("auto", AUTO)
+
+    # ---- gsm8k
+    cot: bool = setting(False, "sampled chains of thought and the majority of their answers, as in "
+                        "the paper", when=When("gsm8k", lambda c: c.task == "gsm8k"))
+    votes: int = setting(8, "chains for a question", at_least=1, at_most=1000, when=COT)
+    official_items: bool = setting(False, "the 128 questions of the paper's figure", when=COT)
+    answers: str | None = setting(
+        None, "a .jsonl to which answers are added as they come, and from which they are taken "
+        "where they are there; none: one in out/answers, named after model and settings",
+        at_least=1, when=COT)
+
+    # ---- text
+    windows: int = setting(64, "windows of text that are scored", at_least=1, at_most=10**6,
+                           when=TEXT)
+    max_length: int | None = setting(None, "positions of a window that think; none: as trained, or "
+                                     "256", at_least=1, when=TEXT)
+    sweep: str | None = setting(
+        None, "the same at other lengths of thought, n_ahead=4,6,8,12, or of what is predicted "
+        "after it, n_ahead_talk=1,2,4", at_least=1, when=TEXT)
+    plot: str | None = setting(None, "an .svg of the gain by decile", at_least=1, when=TEXT)
+
+    def __post_init__(self) -> None:
+        check(self)
+        _ = self.swept
+        if self.task == "text" and self.input is None:
+            raise InputError("text needs --input: a folder made by data/prepare.py, or a text file")
+
+    @property
+    def swept(self) -> list[dict[str, int]]:
+        """The settings to compare, each what differs from those that the model was trained with."""
+        if self.sweep is None:
+            return [{} if self.n_ahead is None else {"n_ahead": self.n_ahead}]
+        name, _, listed = self.sweep.partition("=")
+        values = [int(x) if x.isdecimal() and len(x) < 5 else 0 for x in listed.split(",")]
+        least = {"n_ahead": 3, "n_ahead_talk": 1}.get(name, 10**5)
+        if min(values) < least or (name == "n_ahead" and self.n_ahead is not None):
+            raise InputError(f"--sweep: {self.sweep!r} is neither n_ahead=.. (3 or more each; then "
+                             "without --n_ahead) nor n_ahead_talk=.. (1 or more)")
+        given = {} if self.n_ahead is None else {"n_ahead": self.n_ahead}
+        return [given | {name: x} for x in values]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,33 @@
-"""What thoughts are worth on text: each token's log-prob with and without, and what to read off."""
+"""python -m nanoqstar.evaluate TASK --model_path MODEL [--key value ..]
+
+What thoughts are worth, with and without in one table from one run. TASK is one of
+
+  gsm8k, commonsense_qa  the paper's probability of the right answer, and exact match
+  gsm8k --cot            the paper's majority of sampled chains of thought
+  text                   each token's log-prob on held-out text, by how hard the token is
+"""
+
+import sys
+
+from nanoqstar import InputError, cli
+
+
+def read(args: list[str]) -> tuple:
+    """Command line -> (settings,)."""
+    try:
+        from configs import EvaluateConfig
+    except ModuleNotFoundError:  # installed without its scripts
+        raise InputError("configs.py is not here: run this from the root of a clone") from None
+    return (cli.settings(EvaluateConfig, args, str(__doc__), "task"),)
+
+
+def main(args: list[str]) -> int:
+    """The exit code of a command line."""
+    return cli.command(args, read, "nanoqstar.worth:run")
+
+
+if __name__ == "__main__":  # --help and typos are answered before torch is imported, for seconds
+    sys.exit(main(sys.argv[1:]))
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -7,7 +36,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from nanoqstar import InputError, parallel
+from nanoqstar import parallel
 from nanoqstar.device import autocast
 from nanoqstar.head import fp32_logits, weighted_log_probs
 from nanoqstar.objective import Valid

@@ -7,6 +7,7 @@ corpus, which has a tokenizer, a text and answers of its own, and None for prepa
 import hashlib
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,20 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from nanoqstar import InputError, cpu, evaluate, flops, hf, lora, parallel, plan
+from nanoqstar import InputError, answers, cpu, evaluate, flops, hf, lora, parallel, plan, tasks
 from nanoqstar.dataset import TokenDataset
 from nanoqstar.device import pick_device, pick_threads, speed_up
 from nanoqstar.quietstar import QuietStar, Rollout, draw_from
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 from nanoqstar.runlog import RunLog, Signals
 from nanoqstar.state import Progress, State, load
-from nanoqstar.tokenizer import beginning_ids, encode, load_tokenizer, unknown_ids
+from nanoqstar.tokenizer import (
+    beginning_ids,
+    encode,
+    end_of_text_id,
+    load_tokenizer,
+    unknown_ids,
+)
 
 Splits = dict[str, TokenDataset]
 Loaded = tuple[QuietStar, Tokenizer, hf.Settings]
@@ -98,6 +105,12 @@ def open_splits(cfg: Any, folder: Path) -> Splits:
     return splits
 
 
+def read_questions(cfg: Any, tokenizer: Tokenizer) -> list[tasks.Questions]:
+    """Of eval_tasks; InputError where the tokenizer does not suit them, or a file is not there."""
+    return [tasks.read_questions(name, tokenizer, file, cfg.eval_limit)
+            for name, file in cfg.task_files.items()]
+
+
 def new_model_config(cfg: Any, vocab_size: int) -> Qwen2Config:
     return Qwen2Config(
         vocab_size=vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
@@ -122,11 +135,18 @@ class Run:
     tokenizer: Tokenizer
     origin: hf.Settings | None  # of the model it started from
     state: State | None = None  # to go on from
+    questions: Sequence[tasks.Questions] = ()  # answered at every evaluation
 
     @property
     def first(self) -> int:
         """Updates that the model has had: a continued run goes on in the data, too."""
         return self.origin.step if self.origin else 0
+
+    @property
+    def end_ids(self) -> Sequence[int]:
+        """That end a text."""
+        end = end_of_text_id(self.tokenizer)
+        return self.origin.end_ids if self.origin else () if end is None else (end,)
 
     @property
     def rollout(self) -> Rollout:
@@ -186,6 +206,11 @@ class Run:
                     f"or pretrain_learning_rate; {log.kept}")
             if corpus:
                 corpus.add_answers(report, scores, self.model, final)
+            for q in self.questions:
+                found = answers.measure(self.model, self.tokenizer, q, cfg.n_ahead, seed=cfg.seed,
+                                        batch_size=cfg.batch_size, end_ids=self.end_ids)
+                report.summary[q.name] = found
+                report.said += tasks.line(q.name, found)
         log.write("eval", at.update, **report.summary)
         for line in evaluate.lines(report, scores, self.tokenizer, at.update, final):
             log.say(line)
@@ -283,7 +308,8 @@ def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.
     if device.type == "cuda" and model.lm.config.head_dim < 16:
         raise InputError(f"heads of {model.lm.config.head_dim} numbers: attention on a GPU needs "
                          "16 or more; lower n_heads, or raise hidden_size")
-    this = Run(cfg, corpus, log, signals, splits or {}, model, tokenizer, origin, state)
+    this = Run(cfg, corpus, log, signals, splits or {}, model, tokenizer, origin, state,
+               parallel.together(read_questions, cfg, tokenizer))
     this.init_thoughts()
     if splits is None:
         folder = log.folder / "data"
