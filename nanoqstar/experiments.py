@@ -1,11 +1,13 @@
 """python -m nanoqstar.experiments NAME [--seeds N] [--jobs N] [--out FOLDER] [--data FOLDER]
                                   [-- OVERRIDES]
 python -m nanoqstar.experiments delimiters --model_path MODEL --data FOLDER [--key value ..]
+python -m nanoqstar.experiments paper [--preset NAME] [--key value ..] [-- OVERRIDES]
 
 The first runs every row of a table over seeds and prints it: mean and 95% interval per row. A run
 that is finished is never repeated, so an interrupted table goes on where it stopped. The second
 ranks pairs of tokens for start_init_text and end_init_text: for each pair the mixing head alone is
-trained on the untrained thoughts between them. NAME is one of
+trained on the untrained thoughts between them. The third trains, evaluates and compares as the
+paper does. NAME is one of
 
   controls    is it the thoughts, and is it REINFORCE? the demo against what would explain it away
   recipe      what each choice of the official recipe is worth on this task, one factor at a time
@@ -22,7 +24,7 @@ import dataclasses
 import sys
 from typing import Any, Literal
 
-from nanoqstar import InputError, cli
+from nanoqstar import InputError, cli, paper
 
 # Student's t, two-sided 95%, by number of runs
 T95 = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
@@ -138,6 +140,8 @@ def read(args: list[str]) -> tuple[TableConfig, list[str]]:
 
 def main(args: list[str]) -> int:
     """The exit code of a command line."""
+    if args[:1] == ["paper"]:
+        return cli.command(args[1:], paper.read, "nanoqstar.paper:run")
     if args[:1] == ["delimiters"]:
         return cli.command(args[1:], lambda a: (cli.settings(SearchConfig, a, str(__doc__)),),
                            "nanoqstar.experiments:search")
@@ -164,7 +168,7 @@ from nanoqstar import delimiters, hf
 from nanoqstar.dataset import TokenDataset
 from nanoqstar.device import pick_device, pick_threads
 from nanoqstar.files import LOCK, lock, read_small
-from nanoqstar.thoughts import ThoughtLayout
+from nanoqstar.flops import matched_steps
 from nanoqstar.tokenizer import encode
 
 
@@ -223,18 +227,6 @@ def summary(r: dict[str, Any]) -> str:
     return f"nll {r['nll_base']:.3f} -> {r['nll_mixed']:.3f}" + (
         f", direct {direct['accuracy_base']:.0%} -> {direct['accuracy_mixed']:.0%}"
         if direct else "")
-
-
-def matched_steps(cfg: Any) -> int:
-    """Plain updates that cost the FLOPs of the thinking ones.
-
-    Tokens x 6 to learn, x 2 to sample; parameters cancel.
-    """
-    if not cfg.n_ahead:
-        return cfg.max_steps
-    layout = ThoughtLayout(cfg.n_ahead, cfg.n_ahead_talk, cfg.n_passes, cfg.max_length)
-    learned, sampled = layout.packing.n_packed, layout.rollout_packing.n_packed
-    return round(cfg.max_steps * (6 * learned + 2 * sampled) / (6 * cfg.max_length))
 
 
 def options_of(row: dict[str, Any], common: dict[str, Any], preset: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -104,3 +105,15 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((rate for card, rate in PEAKS.items() if card in name), None)
+
+
+def matched_steps(cfg: Any) -> int:
+    """Plain updates that cost the FLOPs of the thinking ones.
+
+    Tokens x 6 to learn, x 2 to sample; parameters cancel.
+    """
+    if not cfg.n_ahead:
+        return cfg.max_steps
+    layout = ThoughtLayout(cfg.n_ahead, cfg.n_ahead_talk, cfg.n_passes, cfg.max_length)
+    learned, sampled = layout.packing.n_packed, layout.rollout_packing.n_packed
+    return round(cfg.max_steps * (6 * learned + 2 * sampled) / (6 * cfg.max_length))
