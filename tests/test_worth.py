@@ -268,6 +268,14 @@ def test_command_lines_that_are_refused(args, word, capsys, monkeypatch):
     assert said.startswith("error: ") and word in said and said.count("\n") == 1
 
 
+def test_files_that_cannot_be_written_are_known_first(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "load_thinker", lambda *args: pytest.fail("it works already"))
+    for option, file, word in (("--json", tmp_path / "none" / "x.json", "there is no folder"),
+                               ("--plot", tmp_path, "not a plain file")):
+        assert main(["text", "--model_path", "x", "--input", "y", option, str(file)]) == 2
+        assert word in capsys.readouterr().err
+
+
 def test_what_is_swept():
     config = EvaluateConfig(task="text", model_path="x", input="y", sweep="n_ahead=4,12")
     assert config.swept == [{"n_ahead": 4}, {"n_ahead": 12}]
