@@ -255,7 +255,8 @@ def answer_scores(model: QuietStar, questions: Questions, n_ahead: int, n_sample
     device, n_passes = model.lm.head_weight.device, n_samples * (n_ahead > 0)
     own = parallel.share(len(questions.items))
     scores = torch.zeros(len(own), 1 + n_passes, 2, dtype=torch.float64)
-    order = sorted(own, key=lambda i: len(questions.items[i].ids))  # so that little is padding
+    order = sorted(own, key=lambda i: [len(x) for x in (questions.items[i].rows,
+                                                        questions.items[i].ids)])  # little padding
     for first in range(0, len(order), batch_size):
         index = order[first:first + batch_size]
         items = [questions.items[i] for i in index]

@@ -177,6 +177,9 @@ def run(cfg: Any) -> None:
 
 def run_on_all(cfg: Any) -> None:
     """The same, on each rank; the first one alone speaks."""
+    for file in filter(None, (cfg.json, cfg.plot)):  # known before the work, not after it
+        if not plain(file).parent.is_dir():
+            raise InputError(f"there is no folder {plain(file).parent} for {file}: make it first")
     device = pick_device(cfg.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer, settings = hf.load_thinker(cfg.model_path, device, dtype, cfg.tokenizer)

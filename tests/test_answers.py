@@ -51,11 +51,11 @@ def test_what_has_ended_is_not_decoded_on(make_model, monkeypatch):
         return generate(model, prompts, *rest, **options)
 
     monkeypatch.setattr(answers, "generate", counting)
-    waiting = deque(Job(n, [n + 1], 2 if n < 4 else 20) for n in range(6))
+    waiting = deque(Job(n, [n + 1], 20 if n in (2, 3) else 2) for n in range(6))
     done = write_on(make_model(), waiting, K, lambda job, new: False, temperature=1.0,
                     batch_size=4, generator=torch.Generator().manual_seed(0))
     assert [len(new) for _, new in done] == [2] * 4 + [20] * 2
-    assert sizes == [4, 2]
+    assert sizes == [4, 4, 2]
 
 
 @pytest.mark.parametrize(("text", "number"), [
