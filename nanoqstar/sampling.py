@@ -143,11 +143,13 @@ class Decoder:
 @torch.no_grad()
 def generate(model: QuietStar, prompts: Sequence[Sequence[int]], max_new_tokens: int, n_ahead: int,
              temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-             generator: torch.Generator | None = None) -> Iterator[Step]:
+             generator: torch.Generator | None = None,
+             choose: Callable[[Tensor], Tensor] | None = None) -> Iterator[Step]:
     """Yields a `Step` for each new token of all prompts: non-empty lists of ids, of any lengths.
 
     n_ahead: K; 0 for no thoughts: the base model. Thoughts are sampled at the model's thought
-    temperature. generator: of the model's device, for thoughts and text. InputError: NaN logits.
+    temperature. generator: of the model's device, for thoughts and text. choose: logits (B, V) ->
+    ids (B,), in place of temperature, top_k and top_p. InputError: NaN logits.
     """
     decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens, n_ahead)
     text, n = decoder.begin(prompts)
@@ -160,7 +162,8 @@ def generate(model: QuietStar, prompts: Sequence[Sequence[int]], max_new_tokens:
         if not logits.amax(-1).isfinite().all():
             raise InputError("the model's logits are not finite (NaN or infinite): its weights are "
                              f"damaged or too large for {decoder.head.dtype}: take others")
-        newest = sample_token(logits, temperature, top_k, top_p, generator)
+        newest = choose(logits) if choose else sample_token(logits, temperature, top_k, top_p,
+                                                            generator)
         text, n = newest[:, None], n[-1:] + 1
         yield Step(newest, thoughts.clone(), mix.clone(), logits.clone())
 
