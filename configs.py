@@ -1,6 +1,6 @@
 """Every setting of the three scripts, typed and explained, and the presets."""
 
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ THOUGHTS = When("thoughts (n_ahead above 0)", lambda c: c.n_ahead > 0)
 RESUMED = When("resume", lambda c: c.resume is not None)
 NEW_RUN = When("a new run, or resume auto", lambda c: c.resume in (None, "auto"))
 ADAPTERS = When("adapters (lora_rank above 0)", lambda c: c.lora_rank > 0)
+PUSHED = When("push", lambda c: c.push is not None)
 DATASET = When("a Hugging Face dataset (input none)", lambda c: c.input is None)
 Device = Literal["auto", "cuda", "mps", "cpu"]
 AUTO = "auto: the first of cuda, mps, cpu there is"
@@ -161,6 +162,10 @@ class TrainConfig:
                         "times the fp32 model", at_least=1)
     save_dtype: Literal["fp32", "bf16"] = setting(
         "fp32", "of the model that others load; states are exact all the same")
+    push: str | None = setting(None, "OWNER/NAME of a model on the Hub, made private if it is not "
+                               "there, to back checkpoint/ up to in the background", at_least=1)
+    push_every: int = setting(1000, "updates between backups; each is made at a save, one at the "
+                              "end", at_least=1, when=PUSHED)
     wandb: bool = setting(False, "log to Weights & Biases as well (pip install -e '.[wandb]')")
 
     def __post_init__(self) -> None:
@@ -188,7 +193,8 @@ class TrainConfig:
 
 
 # what a resumed run may change without --force: nothing that is learned depends on it
-HARMLESS = {"max_base_rise", "log_every", "eval_every", "save_every", "keep", "save_dtype", "wandb"}
+HARMLESS = {"max_base_rise", "log_every", "eval_every", "save_every", "keep", "save_dtype", "push",
+            "push_every", "wandb"}
 
 
 def changes(before: TrainConfig, now: TrainConfig) -> tuple[list[str], list[str]]:
@@ -327,6 +333,23 @@ class SampleConfig:
     compile: bool = setting(False, "on a GPU: compile first, for a minute or more the first time, "
                             "then write faster")
     device: Device = setting("auto", AUTO)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    run: str = setting(MISSING, "a run's folder, a checkpoint, a model folder or a Hub id",
+                       at_least=1)
+    folder: str = setting(MISSING, "what to make; nothing may be in it", at_least=1)
+    tokenizer: str | None = setting(
+        None, "folder or Hub id of the tokenizer; none: the model's own", at_least=1)
+    save_dtype: Literal["fp32", "bf16"] = setting(
+        "fp32", "of the weights; fp32: as they were trained; bf16: half as large, but rounding "
+        "undoes updates smaller than its steps")
+    push: str | None = setting(None, "OWNER/NAME of a model on the Hub to upload it to as well, "
+                               "made private if it is not there", at_least=1)
 
     def __post_init__(self) -> None:
         check(self)
