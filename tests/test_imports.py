@@ -12,11 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm"}
-GUARDED = {"pyarrow", "wandb"}  # optional extras, inside functions only
+GUARDED = {"pyarrow", "wandb", "lm_eval"}  # optional extras, inside functions only
 ORDER = [  # a module imports from those before it
     "cli", "files", "cpu", "parallel", "device", "qwen2", "lora", "thoughts", "attention", "head",
     "objective", "dataset", "quietstar", "sampling", "evaluate", "flops", "hub", "tokenizer",
-    "weights", "hf", "state", "plan", "runlog", "run", "export", "transformers", "bench",
+    "weights", "hf", "state", "plan", "runlog", "run", "export", "transformers", "lm_eval", "bench",
     "experiments"]
 LIGHT = {"nanoqstar", "nanoqstar.cli", "nanoqstar.files"}  # the standard library and each other
 SCRIPTS = ("train.py", "sample.py", "data/prepare.py", "nanoqstar.bench", "nanoqstar.experiments",
