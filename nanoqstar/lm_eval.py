@@ -10,6 +10,7 @@ position; the same context thinks the same before each of its continuations.
 import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from nanoqstar import InputError, cli
@@ -164,6 +165,7 @@ class Scorer:
         return [texts[i] for i in range(len(prompts))]
 
 
+@cache
 def register() -> type:
     """The harness's class of our model, under the name nanoqstar. InputError: no harness."""
     try:
