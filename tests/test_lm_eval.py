@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,12 +217,26 @@ def test_base_answers_are_those_of_the_harness_own_model(folder, tasks):
     assert with_thoughts["choose"] != pytest.approx(ours["choose"], rel=1e-2)
 
 
-def test_the_command_prints_the_harness_table(folder, tasks, capsys, monkeypatch):
+def test_the_command_prints_the_harness_table(tmp_path, tasks, capsys, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setattr(sys, "argv", sys.argv)
-    for args, code, piece in (([f"path={folder}"], 0, "|choose|"), ([f"path={folder},n_ahed=4"], 2,
-                              "unknown n_ahed; did you mean n_ahead?")):
-        assert main(["--model", "nanoqstar", "--model_args", *args, "--tasks", "choose", "--device",
-                     "cpu", "--include_path", str(tasks), "--batch_size", "auto"]) == code
-        said = capsys.readouterr()
-        assert piece in said.out + said.err
+    folder = make(tmp_path / "model", byte_tokenizer("<|endoftext|>"))
+    assert main(["--model", "nanoqstar", "--model_args", f"path={folder},n_ahead=3", "--tasks",
+                 "choose", "--device", "cpu", "--include_path", str(tasks), "--batch_size",
+                 "auto"]) == 0
+    assert "|choose|" in capsys.readouterr().out
+
+
+def test_the_harness_is_told_what_is_wrong(tmp_path):
+    pytest.importorskip("lm_eval")
+    folder = str(make(tmp_path / "model", byte_tokenizer("end")))
+    for given, message in (({"path": folder, "n_ahed": 4}, "n_ahed; did you mean n_ahead?"),
+                           ({}, "path: expected str")):
+        with pytest.raises(InputError, match=message):
+            register()(**given)
+    model = register()(path=folder, device="cpu")
+    with pytest.raises(InputError, match="no token that ends a text"):
+        model.prefix_token_id  # noqa: B018
+    request = SimpleNamespace(args=("a", {"until": [], "num_beams": 4}))
+    with pytest.raises(InputError, match="num_beams cannot be had here"):
+        model.generate_until([request])
