@@ -191,8 +191,7 @@ def run(cfg: Any) -> None:
     config = {key: Path(x).name if key in PATHS and isinstance(x, str) and os.path.isabs(x) else x
               for key, x in settings.config.items()}
     hf.save(target, model, tokenizer, thinking=settings.thinking if thinks else None,
-            step=settings.step, config=config, source=settings.folder, dtype=cfg.save_dtype,
-            beside=beside)
+            step=settings.step, config=config, source=settings.folder, beside=beside)
     unknown = [key for key in ("license", "base_model", "datasets") if key not in data.to_dict()]
     print(f"{target}: {sum(x.stat().st_size for x in target.iterdir()) / 1e6:,.1f} MB"
           + f"; {', '.join(unknown)} not known: fill in README.md" * bool(unknown))

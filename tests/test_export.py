@@ -280,6 +280,23 @@ def test_only_what_is_known_is_said(tmp_path, make, monkeypatch):
     assert "license, base_model not known" in out
 
 
+def test_the_base_is_named_where_the_hub_has_it(tmp_path, make, monkeypatch):
+    """Through an earlier run, too, that began from it."""
+    card = tmp_path / "card.md"
+    card.write_text("---\nlicense: apache-2.0\n---\n")
+
+    def fetch(call, name, file):
+        assert (name, file) == ("me/base", "README.md")
+        return str(card)
+    monkeypatch.setattr(hub, "fetch", fetch)
+    first = make_run(tmp_path / "first", config={"model_path": "me/base"})
+    second = make_run(tmp_path / "second", config={"model_path": str(first)})
+    for run in (first, second):
+        assert make(run, folder=tmp_path / f"shared-{run.name}")[0] == 0
+        data = ModelCard.load(tmp_path / f"shared-{run.name}" / "README.md").data
+        assert (data.base_model, data.license) == ("me/base", "apache-2.0")
+
+
 # ---- the published official checkpoint's layout
 
 
