@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -342,7 +343,7 @@ def test_the_official_layout_is_sampled_scored_and_exported(tmp_path, make, caps
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
     """Takes pushes to `me/model` as the Hub does: large files by LFS, small ones with the commit.
-    `status` answers every request instead; `gate` is waited for before a commit."""
+    `status` answers every request instead; `gate` is waited for first of all."""
 
     status, gate = None, None
 
@@ -354,6 +355,8 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != "Bearer hf_test":
             return self.answer({"error": "who?"}, 401)
         if self.path == "/api/repos/create":
+            if self.gate:
+                self.gate.wait(60)
             self.made.append(json.loads(body))
             is_new = len(self.made) == 1
             return self.answer({"url": f"{host}/me/model", "error": "it exists"},
@@ -370,8 +373,6 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
                 {**x, "actions": {"upload": {"href": f"{host}/lfs/{x['oid']}"}}}
                 for x in json.loads(body)["objects"]]})
         assert self.path == "/api/models/me/model/commit/main", self.path
-        if self.gate:
-            self.gate.wait(60)
         lines = [json.loads(line) for line in body.splitlines()]
         self.commits.append(lines[0]["value"]["summary"])
         for line in lines[1:]:
@@ -493,7 +494,8 @@ def test_a_run_is_backed_up_in_the_background(tmp_path, fake_hub, capsys, monkey
     assert capsys.readouterr().out.count("is backed up to me/model") == 2
 
 
-def test_a_backup_that_fails_is_said_and_the_run_goes_on(tmp_path, fake_hub, capsys):
+def test_a_backup_that_fails_is_said_and_the_run_goes_on(tmp_path, fake_hub, capsys,
+                                                         monkeypatch):
     fake_hub.status = 403
     log = RunLog(tmp_path, {"push": "me/model", "push_every": 10})
     save(log, random_model(), 10)
@@ -504,5 +506,9 @@ def test_a_backup_that_fails_is_said_and_the_run_goes_on(tmp_path, fake_hub, cap
     assert "the run goes on" in err
     assert log.saved == (tmp_path / "checkpoint", 10)
     fake_hub.status = None
-    log.back_up(11, last=True)
-    assert fake_hub.commits == ["Update 11"]
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "create_connection", lambda *_: (_ for _ in ()).throw(OSError))
+        log.back_up(11, last=True)
+    assert "no network" in capsys.readouterr().err
+    log.back_up(12, last=True)  # it is not remembered that nobody answered
+    assert fake_hub.commits == ["Update 12"]
