@@ -93,7 +93,7 @@ def scripted(monkeypatch):
                 if isinstance(token, BaseException):
                     raise token
                 thought = torch.zeros(1, max(0, n_ahead - 2), dtype=torch.long)
-                yield Step(torch.tensor([token]), thought, torch.zeros(1), torch.zeros(1, 1))
+                yield Step(torch.tensor([token]), thought, torch.zeros(1), torch.zeros(1, 1), [0])
         monkeypatch.setattr(sample, "generate", generate)
         return asked
     return script
