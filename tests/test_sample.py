@@ -18,7 +18,7 @@ from data import fold
 from nanoqstar import hf
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
-from nanoqstar.sampling import Step
+from nanoqstar.sampling import Decoder, Step
 
 ROOT = Path(__file__).parents[1]
 LATEX = r"a \neq b, \nabla \times \theta \\n \t \frac{1}{2} \tnot"
@@ -87,14 +87,16 @@ def scripted(monkeypatch):
     def script(tokens):
         asked = []
 
-        def generate(model, prompts, max_new_tokens, n_ahead, *settings):
-            asked.append((list(prompts[0]), n_ahead))
+        def write(self, prompts, *settings, ended, **others):
+            asked.append((list(prompts[0]), self.n_ahead))
             for token in tokens:
                 if isinstance(token, BaseException):
                     raise token
-                thought = torch.zeros(1, max(0, n_ahead - 2), dtype=torch.long)
+                if ended:
+                    return
+                thought = torch.zeros(1, max(0, self.n_ahead - 2), dtype=torch.long)
                 yield Step(torch.tensor([token]), thought, torch.zeros(1), torch.zeros(1, 1), [0])
-        monkeypatch.setattr(sample, "generate", generate)
+        monkeypatch.setattr(Decoder, "write", write)
         return asked
     return script
 
