@@ -91,6 +91,8 @@ def hint(tokenizer: Tokenizer, config: dict[str, Any]) -> str:
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The prompt's ids, after those that the tokenizer puts before a text, as in training."""
     ids, end = beginning_ids(tokenizer), end_of_text_id(tokenizer)
+    if prompt != prompt.encode(errors="ignore").decode():  # Python has surrogates for such bytes
+        raise InputError("the prompt holds bytes that are no UTF-8 text: leave them out")
     if prompt:
         try:
             return ids + encode(tokenizer, prompt, "the prompt")

@@ -63,9 +63,10 @@ class Continuation:
         self.mix: list[float] = []
         self.text = self.shown = self.stop = ""
         self.held = ""  # what may be the beginning of a stop string
-        # some tokenizers write a token otherwise at the beginning of a text: so none stands there
-        self.context = list(prompt)
-        self.n_said = len(self.decode(self.context))  # characters of the context that are told
+        # the ids not told yet, and before them, as a token may read otherwise where a text begins,
+        # n_old that are
+        self.context, self.n_old = list(prompt), len(prompt)
+        self.n_said = len(self.decode(prompt))  # characters of the context that are told
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
@@ -82,10 +83,11 @@ class Continuation:
         self.context.append(token)
         text = self.decode(self.context)
         whole = text.rstrip(HALF)
-        self.say(text[self.n_said:len(whole)])
-        self.n_said = max(self.n_said, len(whole))
-        if whole == text:  # the last token is context enough, so a text of any length is no dearer
-            self.context, self.n_said = [token], len(self.decode([token]))
+        piece, self.n_said = text[self.n_said:len(whole)], max(self.n_said, len(whole))
+        self.say(piece)
+        if piece and whole == text:  # it is context enough: a text of any length is no dearer
+            self.context = self.context[self.n_old:]
+            self.n_old, self.n_said = len(self.context), len(self.decode(self.context))
 
     def say(self, piece: str) -> None:
         """A piece of text, up to a stop string; where it may end in the beginning of one, later."""

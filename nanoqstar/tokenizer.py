@@ -36,8 +36,6 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
     """Ids of the setting `name`'s text alone; InputError where there are none."""
-    if text != text.encode(errors="ignore").decode():  # Python has surrogates for such bytes
-        raise InputError(f"{name} holds bytes that are no UTF-8 text: leave them out")
     try:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
     except Exception as error:  # the library raises bare Exceptions
