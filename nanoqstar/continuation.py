@@ -83,9 +83,9 @@ class Continuation:
         self.context.append(token)
         text = self.decode(self.context)
         whole = text.rstrip(HALF)
-        piece, self.n_said = text[self.n_said:len(whole)], max(self.n_said, len(whole))
-        self.say(piece)
-        if piece and whole == text:  # it is context enough: a text of any length is no dearer
+        self.say(text[self.n_said:len(whole)])
+        self.n_said = max(self.n_said, len(whole))
+        if whole == text:  # what is new is context enough: a text of any length is no dearer
             self.context = self.context[self.n_old:]
             self.n_old, self.n_said = len(self.context), len(self.decode(self.context))
 

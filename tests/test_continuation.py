@@ -179,7 +179,8 @@ def test_what_looked_like_a_stop_string_is_told_in_the_end():
     for text, stops, expected in (("two <|im", ("<|im_end|>",), "two <|im"),
                                   ("two \n", ("\n\n",), "two \n"),
                                   ("two 😀", ("😀😀",), "two 😀"),
-                                  ("two 😀", ("😀", "x"), "two ")):
+                                  ("two 😀", ("😀", "x"), "two "),
+                                  ("and two", ("two", "w"), "and t")):  # of one token
         said, _ = say(tokenizer, [1], tokenizer.encode(text).ids, stops=stops)
         assert said.text == expected
     ids = tokenizer.encode("two🏳").ids[:-1]
