@@ -10,6 +10,8 @@ from nanoqstar.cli import When, check, nearest, setting
 NEW_MODEL = When("a new model (model_path none)", lambda c: c.model_path is None)
 FOLD = When("the embedded corpus (data fold)", lambda c: c.data == "fold")
 THOUGHTS = When("thoughts (n_ahead above 0)", lambda c: c.n_ahead > 0)
+LEARNED = When("thoughts with learned delimiters",
+               lambda c: c.n_ahead > 0 and c.delimiters == "learned")
 RESUMED = When("resume", lambda c: c.resume is not None)
 NEW_RUN = When("a new run, or resume auto", lambda c: c.resume in (None, "auto"))
 ADAPTERS = When("adapters (lora_rank above 0)", lambda c: c.lora_rank > 0)
@@ -80,10 +82,14 @@ class TrainConfig:
     normalize_advantage: bool = setting(
         False, "divide advantages by their root mean square, of each forward's own: needs "
         "grad_accum 1 (official: false)", when=THOUGHTS)
+    delimiters: Literal["learned", "reread"] = setting(
+        "learned", "start and end of a thought; learned: two vectors (official); reread: the "
+        "embedding of the token before the thought, and of its last one, plus two vectors that "
+        "begin at zero: an untrained thought is how the model itself goes on", when=THOUGHTS)
     start_init_text: str = setting("---", "the start embedding begins as the mean embedding of "
-                                   "this text (official: ---)", escapes=True, when=THOUGHTS)
+                                   "this text (official: ---)", escapes=True, when=LEARNED)
     end_init_text: str = setting("---", "the same for the end embedding (official: ---)",
-                                 escapes=True, when=THOUGHTS)
+                                 escapes=True, when=LEARNED)
     embedding_lr_factor: float = setting(
         100.0, "learning rate of start and end embedding, times this; weight decay over it "
         "(official: 100, by storing them / 100)", above=0, when=THOUGHTS)

@@ -117,15 +117,16 @@ class Decoder:
         """
         lm, positions, text_slots = self.model.lm, n - self.pads[:, None], n + self.n_ahead
         thought: list[Tensor] = []
-        x, last_text, newest = lm.embed(text), text_slots[-1:], positions[:, -1:]
-        start = self.model.start_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x, last_text = lm.embed(text), text_slots[-1:]
+        first = positions[:, -1:] + (0 if self.model.reread else 1)  # of the thought
+        start = self.model.delimiter(self.model.start_embedding, x[:, -1:])
         hidden = self.forward(torch.cat((x, start), dim=1), torch.cat((text_slots, self.slot[:1])),
-                              torch.cat((positions, newest + 1), dim=1), last_text)
+                              torch.cat((positions, first), dim=1), last_text)
         base = hidden[:, -2]
         for k in range(1, self.n_ahead - 1):  # t_k from the token before it
             if k > 1:
                 x = lm.embed(thought[-1])
-                hidden = self.forward(x, self.slot[k - 1:k], newest + k, last_text)
+                hidden = self.forward(x, self.slot[k - 1:k], first + k - 1, last_text)
             if self.thought_temperature == 0:
                 logits = fp32_logits(hidden[:, -1], self.head, self.model.banned)
                 ids = logits.max(-1, keepdim=True).indices
@@ -150,8 +151,11 @@ class Decoder:
             return logits, u.long(), torch.zeros_like(base[:, 0])
         thought, base = self.think(text, n, u)
         x, last = model.lm.embed(thought[:, -1:]), self.slot[self.n_ahead - 2:self.n_ahead]
-        x = torch.cat((x, model.end_embedding.to(x.dtype).expand(len(x), 1, -1)), dim=1)
-        talk = self.forward(x, last, positions[:, -1:] + 1 + last, text_slots[-1:])[:, -1]
+        x = torch.cat((x, model.delimiter(model.end_embedding, x)), dim=1)
+        places = positions[:, -1:] + 1 + last
+        if model.reread:  # start and end take none
+            places = places - self.slot[1:3]
+        talk = self.forward(x, last, places, text_slots[-1:])[:, -1]
         mix = model.mixing_head(model.mixing_head.base_half(base), talk)
         return fp32_logits(base + mix * (talk - base), self.head, model.banned), thought, mix[:, 0]
 

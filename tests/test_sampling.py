@@ -16,24 +16,30 @@ BANNED = [7, 60]
 
 def recompute(model, context, thought, with_thoughts):
     """Logits of the token after `context`, by causal forwards over the whole of it and no cache."""
-    def forward(x):
-        return model.lm(x[None], torch.arange(len(x)), dense(None))[0]
+    def forward(x, places=None):
+        return model.lm(x[None], torch.arange(len(x)) if places is None else places, dense(None))[0]
 
     text = model.lm.embed(torch.tensor(context))
     hidden, mix = forward(text)[-1], 0.0
     if with_thoughts:
-        thinking = torch.cat((text, model.start_embedding[None], model.lm.embed(thought),
-                              model.end_embedding[None]))
-        talk = forward(thinking)[-1]
+        thought, start, end = (model.lm.embed(thought), model.start_embedding,
+                               model.end_embedding)
+        places = torch.arange(len(text) + len(thought) + 2)
+        if model.reread:
+            start, end = text[-1] + start, thought[-1] + end
+            places[len(text):] -= 1
+            places[-1] -= 1
+        thinking = torch.cat((text, start[None], thought, end[None]))
+        talk = forward(thinking, places)[-1]
         mix = torch.nn.Sequential.forward(model.mixing_head, torch.cat((hidden, talk)))
         hidden = (1 - mix) * hidden + mix * talk
     return model.lm.logits(hidden).masked_fill(model.banned, -math.inf), float(mix)
 
 
 @pytest.mark.parametrize("n_ahead", [0, 3, 4, 6])
-def test_cached_decoding_is_full_recomputation(make_model, tied, n_ahead):
+def test_cached_decoding_is_full_recomputation(make_model, tied, reread, n_ahead):
     """Token by token, prompts of several lengths together; no thought is in a later context."""
-    model, contexts = make_model(tied), [list(p) for p in PROMPTS]
+    model, contexts = make_model(tied, reread=reread), [list(p) for p in PROMPTS]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for step in generate(model, PROMPTS, 6, n_ahead, generator=generator):
