@@ -10,10 +10,14 @@ from nanoqstar.cli import When, check, nearest, setting
 NEW_MODEL = When("a new model (model_path none)", lambda c: c.model_path is None)
 FOLD = When("the embedded corpus (data fold)", lambda c: c.data == "fold")
 THOUGHTS = When("thoughts (n_ahead above 0)", lambda c: c.n_ahead > 0)
+LEARNED = When("thoughts with learned delimiters",
+               lambda c: c.n_ahead > 0 and c.delimiters == "learned")
 RESUMED = When("resume", lambda c: c.resume is not None)
 NEW_RUN = When("a new run, or resume auto", lambda c: c.resume in (None, "auto"))
 ADAPTERS = When("adapters (lora_rank above 0)", lambda c: c.lora_rank > 0)
 PUSHED = When("push", lambda c: c.push is not None)
+THINKING = When("thoughts", lambda c: not c.no_thoughts)
+FILE = When("a file of prompts (prompts)", lambda c: c.prompts is not None)
 DATASET = When("a Hugging Face dataset (input none)", lambda c: c.input is None)
 Device = Literal["auto", "cuda", "mps", "cpu"]
 AUTO = "auto: the first of cuda, mps, cpu there is"
@@ -79,10 +83,14 @@ class TrainConfig:
     normalize_advantage: bool = setting(
         False, "divide advantages by their root mean square, of each forward's own: needs "
         "grad_accum 1 (official: false)", when=THOUGHTS)
+    delimiters: Literal["learned", "reread"] = setting(
+        "learned", "start and end of a thought; learned: two vectors (official); reread: the "
+        "embedding of the token before the thought, and of its last one, plus two vectors that "
+        "begin at zero: an untrained thought is how the model itself goes on", when=THOUGHTS)
     start_init_text: str = setting("---", "the start embedding begins as the mean embedding of "
-                                   "this text (official: ---)", escapes=True, when=THOUGHTS)
+                                   "this text (official: ---)", escapes=True, when=LEARNED)
     end_init_text: str = setting("---", "the same for the end embedding (official: ---)",
-                                 escapes=True, when=THOUGHTS)
+                                 escapes=True, when=LEARNED)
     embedding_lr_factor: float = setting(
         100.0, "learning rate of start and end embedding, times this; weight decay over it "
         "(official: 100, by storing them / 100)", above=0, when=THOUGHTS)
@@ -311,13 +319,33 @@ def list_presets() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    prompt: str | None = setting(None, "text to continue, taken as it is; none: ask for prompts, "
-                                 "one after the other")
+    prompt: str | None = setting(
+        None, "text to continue, taken as it is; none: ask for prompts, one after the other",
+        when=When("one prompt (prompts none)", lambda c: c.prompts is None))
+    prompts: str | None = setting(
+        None, "file of prompts: .txt, one a line, blank lines left out; .jsonl, a `prompt` in each "
+        "object", at_least=1)
+    out: str | None = setting(
+        None, "the .jsonl to write: a row a prompt, in their order; rows that are there already "
+        "are not computed again", at_least=1, when=FILE)
+    batch_size: int = setting(8, "prompts that are written on at once; changes no text but by "
+                              "rounding", at_least=1, when=FILE)
+    n_samples: int = setting(
+        1, "continuations of the prompt, written at once and shown one after the other", at_least=1,
+        at_most=10_000, when=When("single prompts, not a file or a conversation", lambda c: (
+            c.prompts is None and (c.prompt is not None or not c.chat))))
+    chat: bool = setting(False, "prompts are messages to an instruct model (ChatML, as Qwen has "
+                         "it); asked for one after the other, they are one conversation")
+    system: str | None = setting(
+        "You are a helpful assistant.", "what a conversation begins with; none: nothing",
+        at_least=1, when=When("chat", lambda c: c.chat))
     model_path: str | None = setting(None, "a run's folder, a checkpoint, a model folder or a Hub "
                                      "id; none: the newest run in out/", at_least=1)
     tokenizer: str | None = setting(
         None, "folder or Hub id of the tokenizer; none: the model's own", at_least=1)
     max_new_tokens: int = setting(100, "tokens to write", at_least=1)
+    stop: tuple[str, ...] = setting((), "end before this text, which is not shown; \\n is a "
+                                    "newline", escapes=True)
     temperature: float = setting(1.0, "of the text; 0: always the likeliest token", at_least=0,
                                  at_most=1000)
     top_k: int | None = setting(None, "draw from the k likeliest tokens only", at_least=1)
@@ -326,16 +354,25 @@ class SampleConfig:
     seed: int = setting(0, "of thoughts and text", at_least=0, below=2**63)
     n_ahead: int | None = setting(
         None, "tokens of a thought, start and end included; none: as trained", at_least=3,
-        when=When("thoughts", lambda c: not c.no_thoughts))
+        when=THINKING)
+    thought_temperature: float | None = setting(
+        None, "of the thoughts; 0: always the likeliest; none: as trained", at_least=0,
+        at_most=1000, when=THINKING)
     no_thoughts: bool = setting(False, "the base model alone")
-    show_thoughts: bool = setting(False, "print each token's thought before it",
-                                  when=When("thoughts", lambda c: not c.no_thoughts))
+    show_thoughts: bool = setting(False, "print each token's thought before it, or add them to the "
+                                  "rows", when=THINKING)
     compile: bool = setting(False, "on a GPU: compile first, for a minute or more the first time, "
                             "then write faster")
     device: Device = setting("auto", AUTO)
 
     def __post_init__(self) -> None:
         check(self)
+        if self.prompts and Path(self.prompts).suffix.lower() not in (".txt", ".jsonl"):
+            raise InputError("--prompts: name a .txt (one a line) or a .jsonl")
+        if self.prompts and Path(self.out or "").suffix.lower() != ".jsonl":
+            raise InputError("--prompts needs an --out FILE.jsonl to write to")
+        if 0 < (self.thought_temperature or 0) < 1e-3:
+            raise InputError("--thought_temperature: must be 0 (the likeliest) or at least 0.001")
 
 
 @dataclass(frozen=True, kw_only=True)

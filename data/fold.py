@@ -199,7 +199,12 @@ def n_operands(problem: str) -> int:
 
 
 def kind_of_thought(thought: str, problem: str, steps: str) -> str:
-    """worked (all the steps), useful (it ends in the answer all the same), restated, or other."""
+    """worked (all the steps), useful (it ends in the answer all the same), restated, or other.
+
+    One with room for more than the steps may open an aside and go on after it: the aside counts.
+    """
+    if len(thought) > len(problem):
+        thought = thought.removeprefix("(").partition(")")[0]
     if thought == steps:
         return "worked"
     if thought.endswith(steps[-1]) and set(thought) <= set(LETTERS):

@@ -1,8 +1,11 @@
 """python -m nanoqstar.experiments NAME [--seeds N] [--jobs N] [--out FOLDER] [--data FOLDER]
                                   [-- OVERRIDES]
+python -m nanoqstar.experiments delimiters --model_path MODEL --data FOLDER [--key value ..]
 
-Runs every row of a table over seeds and prints it: mean and 95% interval per row. A run that is
-finished is never repeated, so an interrupted table goes on where it stopped. NAME is one of
+The first runs every row of a table over seeds and prints it: mean and 95% interval per row. A run
+that is finished is never repeated, so an interrupted table goes on where it stopped. The second
+ranks pairs of tokens for start_init_text and end_init_text: for each pair the mixing head alone is
+trained on the untrained thoughts between them. NAME is one of
 
   controls    is it the thoughts, and is it REINFORCE? the demo against what would explain it away
   recipe      what each choice of the official recipe is worth on this task, one factor at a time
@@ -99,6 +102,25 @@ class TableConfig:
             raise InputError("the table text needs --data FOLDER, made by data/prepare.py")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    model_path: str = cli.setting(dataclasses.MISSING, "folder or Hub id of the model", at_least=1)
+    data: str = cli.setting(dataclasses.MISSING, "prepared folder", at_least=1)
+    candidates: str | None = cli.setting(
+        None, "a text whose tokens are tried; none: the 8 most frequent without letters and digits",
+        at_least=1, escapes=True)
+    n_ahead: int = cli.setting(8, "tokens of a thought, start and end included", at_least=3)
+    n_passes: int = cli.setting(2, "thoughts per position", at_least=2)
+    max_length: int = cli.setting(64, "positions of a window that think", at_least=1)
+    windows: int = cli.setting(256, "of training, and as many of val to judge by; with few, heads "
+                               "learn nothing that holds elsewhere", at_least=2, at_most=10**6)
+    batch_size: int = cli.setting(8, "windows per forward", at_least=1)
+    seed: int = cli.setting(0, "of thoughts and heads", at_least=0, below=2**63)
+
+    def __post_init__(self) -> None:
+        cli.check(self)
+
+
 def read(args: list[str]) -> tuple[TableConfig, list[str]]:
     """Command line -> (the table, overrides that suit its preset)."""
     cut = args.index("--") if "--" in args else len(args)
@@ -116,6 +138,9 @@ def read(args: list[str]) -> tuple[TableConfig, list[str]]:
 
 def main(args: list[str]) -> int:
     """The exit code of a command line."""
+    if args[:1] == ["delimiters"]:
+        return cli.command(args[1:], lambda a: (cli.settings(SearchConfig, a, str(__doc__)),),
+                           "nanoqstar.experiments:search")
     return cli.command(args, read, "nanoqstar.experiments:run")
 
 
@@ -133,9 +158,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from nanoqstar import delimiters, hf
+from nanoqstar.dataset import TokenDataset
+from nanoqstar.device import pick_device, pick_threads
 from nanoqstar.files import LOCK, lock, read_small
 from nanoqstar.thoughts import ThoughtLayout
+from nanoqstar.tokenizer import encode
 
 
 def finished(out: Path) -> dict[str, Any] | None:
@@ -248,6 +278,31 @@ def header(has_answers: bool) -> str:
     columns = ["run", "seeds", *answers * has_answers, "base NLL", "mixed NLL",
                *["gain"] * (not has_answers)]
     return "| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|"
+
+
+def search(cfg: SearchConfig) -> None:
+    """Ranks pairs of delimiters, the best first."""
+    device = pick_device("auto")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokenizer, _ = hf.load_thinker(cfg.model_path, device, dtype)
+    pick_threads(None, model.lm.config.hidden_size)
+    model.reread = False
+    splits = [TokenDataset(cfg.data, name) for name in ("train", "val")]
+    windows = [split.evenly(cfg.windows, cfg.max_length + 1) for split in splits]
+    if cfg.candidates is None:
+        ids = delimiters.frequent_marks(splits[0], tokenizer, 8)
+    else:
+        ids = list(dict.fromkeys(encode(tokenizer, cfg.candidates, "candidates")))
+    found = delimiters.search(model, windows[0], windows[1], ids, cfg.n_ahead, cfg.n_passes,
+                              cfg.seed, cfg.batch_size)
+    outcomes = list(tqdm(found, total=len(ids)**2, unit="pair", disable=None))
+    print("| start | end | gain, millinats | spread of advantages, millinats |\n|---|---|---|---|")
+    for outcome in sorted(outcomes, key=lambda x: -x.gain):
+        start, end = (repr(tokenizer.decode([i], skip_special_tokens=False)).replace("|", "\\|")
+                      for i in (outcome.start, outcome.end))
+        error = "" if outcome.stderr is None else f" ± {2000 * outcome.stderr:.2f}"
+        print(f"| `{start}` | `{end}` | {1000 * outcome.gain:+.2f}{error} | "
+              f"{1000 * outcome.spread:.1f} |")
 
 
 def run(table: TableConfig, overrides: list[str]) -> None:

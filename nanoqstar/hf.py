@@ -58,6 +58,7 @@ class Thinking:
     n_ahead: int = 0  # thought tokens, start and end included; 0: never taught to think
     n_ahead_talk: int = 0
     thought_temperature: float = 1.0
+    delimiters: str = "learned"  # or reread
 
 
 THINKING_BOUNDS = {"n_ahead": (3, 2**16), "n_ahead_talk": (1, 2**16),
@@ -143,7 +144,11 @@ def read_thinking(file: Path, given: Mapping[str, Any]) -> Thinking:
             raise InputError(f"{file} is damaged: {key} must be from {low:g} to {high:g}, not "
                              f"{shown(str(given[key]))}")
         known[key] = type(default)(x)
-    return Thinking(**known)
+    delimiters = given.get("delimiters", "learned")
+    if delimiters not in ("learned", "reread"):
+        raise InputError(f"{file} is damaged: delimiters must be learned or reread, not "
+                         f"{shown(str(delimiters))}")
+    return Thinking(**known, delimiters=delimiters)
 
 
 def check_context(config: Qwen2Config, n_positions: int) -> None:
@@ -214,7 +219,8 @@ def read(folder: Path, device: str | torch.device, dtype: torch.dtype,
         raise InputError(f"{own} is missing, although {folder / 'nanoqstar.json'} says that this "
                          "model was taught to think: the copy of it is not complete")
     with torch.device("meta"):
-        model = QuietStar(Qwen2(config), thinking.thought_temperature)
+        model = QuietStar(Qwen2(config), thinking.thought_temperature,
+                          reread=thinking.delimiters == "reread")
     shapes: dict[str, Sequence[int]] = {n: p.shape for n, p in model.lm.named_parameters()}
     ours = {n: p.shape for n, p in model.named_parameters() if not n.startswith("lm.")}
     theirs: dict[str, Sequence[int]] = {

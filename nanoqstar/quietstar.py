@@ -82,6 +82,8 @@ class QuietStar(nn.Module):
     """Qwen2 plus what thinking adds: start and end embedding, mixing head (paper 4.2 to 4.4).
 
     banned: (V,) bool, ids that no thought may hold (those the tokenizer does not have), or None.
+    reread: start is the embedding of x_i plus the start vector, end that of t_S plus the end
+    vector, both where x_i and t_S stand; else, as in the paper, the vectors alone.
     How many thoughts there are and how long they and the lookahead are is read off the shapes of
     the arguments.
     """
@@ -89,9 +91,9 @@ class QuietStar(nn.Module):
     banned: torch.Tensor | None
 
     def __init__(self, lm: Qwen2, thought_temperature: float = 1.0,
-                 banned: torch.Tensor | None = None) -> None:
+                 banned: torch.Tensor | None = None, reread: bool = False) -> None:
         super().__init__()
-        self.lm, self.thought_temperature = lm, thought_temperature
+        self.lm, self.thought_temperature, self.reread = lm, thought_temperature, reread
         self.start_embedding = nn.Parameter(torch.empty(lm.config.hidden_size))
         self.end_embedding = nn.Parameter(torch.empty(lm.config.hidden_size))
         self.mixing_head = MixingHead(lm.config.hidden_size)
@@ -100,12 +102,16 @@ class QuietStar(nn.Module):
     @torch.no_grad()
     def init_thoughts(self, start_ids: Sequence[int], end_ids: Sequence[int], seed: int = 0
                       ) -> None:
-        """Start and end from the mean embedding of the given ids (officially both `---`).
+        """Start and end from the mean embedding of the given ids (officially both `---`), or zero
+        where they re-read: an untrained thought is then how the model itself goes on.
 
         The mixing head's last layer is zero: training starts exactly at the base model.
         """
         for vector, ids in ((self.start_embedding, start_ids), (self.end_embedding, end_ids)):
-            vector.copy_(self.lm.embed(torch.as_tensor(ids, device=vector.device)).mean(0))
+            if self.reread:
+                vector.zero_()
+            else:
+                vector.copy_(self.lm.embed(torch.as_tensor(ids, device=vector.device)).mean(0))
         generator = torch.Generator().manual_seed(seed)
         head: Any = self.mixing_head
         for layer in (head[0], head[2]):
@@ -113,6 +119,11 @@ class QuietStar(nn.Module):
                 draws = torch.rand(p.shape, generator=generator) * 2 - 1
                 p.copy_(draws * layer.in_features**-0.5)
         head[4].weight.zero_()
+
+    def delimiter(self, vector: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """Start or end: its vector (D,), where the embeddings that it may re-read are (B, N, D)."""
+        vector = vector.to(read.dtype)
+        return read + vector if self.reread else vector.expand_as(read)
 
     def text_states(self, text: torch.Tensor, docs: torch.Tensor) -> torch.Tensor:
         """Hidden states (B, N, D) of text (B, N) alone; docs (B, >= N)."""
@@ -132,11 +143,12 @@ class QuietStar(nn.Module):
 
     def _rollout(self, text: torch.Tensor, docs: torch.Tensor, uniforms: torch.Tensor
                  ) -> tuple[torch.Tensor, torch.Tensor]:
-        layout = ThoughtLayout.of(text, uniforms)
+        layout = ThoughtLayout.of(text, uniforms, self.reread)
         packing, n_windows = layout.rollout_packing, len(text)
         rope, attend = packing.rope_positions(text.device), packed_attention(packing, docs)
-        start = self.start_embedding.expand(n_windows, layout.n_positions, -1)
-        x = torch.cat((self.lm.embed(text[:, :layout.n_text]), start), dim=1)
+        x = self.lm.embed(text[:, :layout.n_text])
+        start = self.delimiter(self.start_embedding, x[:, :layout.n_positions])
+        x = torch.cat((x, start), dim=1)
         thoughts = torch.empty_like(uniforms, dtype=torch.long)
         sampled_lp = torch.empty_like(uniforms, dtype=torch.promote_types(x.dtype, torch.float32))
         cache = KVCache(self.lm.config, n_windows, packing.n_packed, text.device, compute_dtype(x))
@@ -154,27 +166,36 @@ class QuietStar(nn.Module):
             x = thoughts[..., step].transpose(1, 2).flatten(1)
         return thoughts, sampled_lp
 
-    def score(self, text: torch.Tensor, docs: torch.Tensor, thoughts: torch.Tensor) -> States:
+    def hidden_states(self, text: torch.Tensor, docs: torch.Tensor, thoughts: torch.Tensor
+                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One packed forward over text, thoughts and teacher-forced lookahead.
 
-        text, docs: (B, T+A). thoughts: (B, P, T, S). Gradients flow through all of it.
+        text, docs: (B, T+A). thoughts: (B, P, T, S). Gradients flow through all of it. Returns the
+        states of text (B, T+A-1, D), of start, t_1 .. t_(S-1) (B, P, T, S, D), and of end and
+        lookahead (B, P, T, A, D).
         """
-        layout = ThoughtLayout.of(text, thoughts)
-        packing, n_talk = layout.packing, layout.n_ahead_talk
+        layout = ThoughtLayout.of(text, thoughts, self.reread)
+        packing = layout.packing
         ids, is_start, is_end = layout.pack(text, thoughts)
         x = self.lm.embed(ids)
-        x = torch.where(is_start[:, None], self.start_embedding.to(x.dtype), x)
-        x = torch.where(is_end[:, None], self.end_embedding.to(x.dtype), x)
+        x = torch.where(is_start[:, None], self.delimiter(self.start_embedding, x), x)
+        x = torch.where(is_end[:, None], self.delimiter(self.end_embedding, x), x)
         hidden = self.lm(x, packing.rope_positions(text.device), packed_attention(packing, docs))
         base, start, branches = packing.split(hidden)
         # t_1 .. t_S; end, lookahead
-        thought, talk = branches.split((layout.n_sampled, n_talk), dim=3)
+        thought, talk = branches.split((layout.n_sampled, layout.n_ahead_talk), dim=3)
         start = start[:, None, :, None].expand(-1, layout.n_passes, -1, -1, -1)
+        return base, torch.cat((start, thought[..., :-1, :]), dim=3), talk
+
+    def score(self, text: torch.Tensor, docs: torch.Tensor, thoughts: torch.Tensor) -> States:
+        """`hidden_states`, and what the mixing head makes of text and lookahead (paper 4.3)."""
+        base, thought, talk = self.hidden_states(text, docs, thoughts)
+        n_talk = talk.shape[3]
         base_ahead, base_half = (  # (B, 1, T, A, D): the same targets as talk
             x.unfold(1, n_talk, 1).movedim(-1, 2)[:, None]
             for x in (base, self.mixing_head.base_half(base)))
         mix = self.mixing_head(base_half, talk)
-        return States(base=base, thought=torch.cat((start, thought[..., :-1, :]), dim=3),
+        return States(base=base, thought=thought,
                       mixed=base_ahead + mix * (talk - base_ahead), mix=mix[..., 0])
 
     def loss(self, text: torch.Tensor, docs: torch.Tensor, thoughts: torch.Tensor,

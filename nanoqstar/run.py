@@ -141,7 +141,8 @@ class Run:
     def init_thoughts(self) -> None:
         """Fresh start, end and mixing head; those of an earlier run are never initialised again."""
         if self.origin is None or not self.origin.thinking.n_ahead:
-            start, end = (encode(self.tokenizer, getattr(self.cfg, name), name)
+            start, end = ([] if self.model.reread else
+                          encode(self.tokenizer, getattr(self.cfg, name), name)
                           for name in ("start_init_text", "end_init_text"))
             with parallel.gathered(self.model):
                 self.model.init_thoughts(start, end, self.cfg.seed)
@@ -213,7 +214,8 @@ class Run:
         think. No optimizer: an update was cut short, so there is no state."""
         cfg, origin, thinking = self.cfg, self.origin, None
         if cfg.n_ahead and at.phase != "pretrain":
-            thinking = hf.Thinking(cfg.n_ahead, cfg.n_ahead_talk, cfg.thought_temperature)
+            thinking = hf.Thinking(cfg.n_ahead, cfg.n_ahead_talk, cfg.thought_temperature,
+                                   cfg.delimiters)
         elif origin and origin.thinking.n_ahead:
             thinking = origin.thinking
         self.log.save(at, self.model, optimizer, self.tokenizer, thinking,
@@ -272,11 +274,16 @@ def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.
             raise InputError(
                 f"the data's tokenizer is not that of {cfg.model_path}: prepare the data again "
                 f"with --tokenizer {cfg.tokenizer or origin.folder}")
+        if origin.thinking.n_ahead and cfg.n_ahead and model.reread != (cfg.delimiters == "reread"):
+            raise InputError(f"delimiters {cfg.delimiters}: {cfg.model_path} was taught to think "
+                             f"with --delimiters {origin.thinking.delimiters}")
         for name in ("start_init_text", "end_init_text") if origin.thinking.n_ahead else ():
             if (ours := getattr(cfg, name)) != origin.config.get(name, ours):
                 log.say(f"{name} {ours!r} does nothing: start and end are as trained in "
                         f"{cfg.model_path}")
     model.thought_temperature = cfg.thought_temperature
+    if cfg.n_ahead:
+        model.reread = cfg.delimiters == "reread"
     if device.type == "cuda" and model.lm.config.head_dim < 16:
         raise InputError(f"heads of {model.lm.config.head_dim} numbers: attention on a GPU needs "
                          "16 or more; lower n_heads, or raise hidden_size")

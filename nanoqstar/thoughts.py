@@ -9,7 +9,8 @@ One sequence holds a window's text once, then one group per thinking position i:
 All passes of a position share its start token: it is the same vector seeing the same text, so one
 copy computes what P would. Groups lie in order of position, which makes a group's own keys
 neighbours and the text that a run of queries sees a prefix. RoPE goes on from i: start at i+1, t_k
-at i+1+k, end at i+K, x_{i+k} at i+K+k.
+at i+1+k, end at i+K, x_{i+k} at i+K+k. Delimiters that re-read stand where what they read stands:
+start at i, t_k at i+k, end at i+S, x_{i+k} at i+S+k.
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Packing:
     n_positions: int  # T
     n_passes: int  # P
     n_branch: int  # tokens of a branch
+    still: tuple[int, ...] = ()  # offsets that take no RoPE position: they stand on the one before
 
     @property
     def n_group(self) -> int:
@@ -58,7 +60,7 @@ class Packing:
     def rope_positions(self, device: torch.device | None = None) -> torch.Tensor:
         """RoPE position of every packed token, (n_packed,)."""
         position, _, offset = self.describe(device)
-        return position + offset + 1
+        return position + offset + 1 - sum((offset >= still).long() for still in self.still)
 
     @lru_cache
     @torch.inference_mode(False)
@@ -85,17 +87,19 @@ class ThoughtLayout:
     n_ahead_talk: int  # A: true tokens predicted after a thought
     n_passes: int  # P: thoughts per position
     n_positions: int  # T: positions that think
+    reread: bool = False  # start re-reads x_i, end t_S
 
     def __post_init__(self) -> None:
         assert self.n_ahead >= 3, self
         assert min(self.n_ahead_talk, self.n_passes, self.n_positions) >= 1, self
 
     @classmethod
-    def of(cls, text: torch.Tensor, thoughts: torch.Tensor) -> "ThoughtLayout":
+    def of(cls, text: torch.Tensor, thoughts: torch.Tensor, reread: bool = False
+           ) -> "ThoughtLayout":
         """Read off the shapes of text (B, T+A) and of thoughts or their uniforms (B, P, T, S)."""
         n_windows, n_passes, n_positions, n_sampled = thoughts.shape
         assert len(text) == n_windows, (text.shape, thoughts.shape)
-        return cls(n_sampled + 2, text.shape[1] - n_positions, n_passes, n_positions)
+        return cls(n_sampled + 2, text.shape[1] - n_positions, n_passes, n_positions, reread)
 
     @property
     def n_sampled(self) -> int:  # S
@@ -107,19 +111,25 @@ class ThoughtLayout:
         return self.n_positions + self.n_ahead_talk - 1
 
     @property
+    def still(self) -> tuple[int, ...]:
+        """Offsets of start and end where they re-read."""
+        return (0, self.n_sampled + 1) if self.reread else ()
+
+    @property
     def packing(self) -> Packing:
         """Of the one forward that scores."""
         n_branch = self.n_sampled + self.n_ahead_talk
-        return Packing(self.n_text, self.n_positions, self.n_passes, n_branch)
+        return Packing(self.n_text, self.n_positions, self.n_passes, n_branch, self.still)
 
     @property
     def rollout_packing(self) -> Packing:
         """Of the KV cache in a rollout: t_S is never an input, end and lookahead come later."""
-        return Packing(self.n_text, self.n_positions, self.n_passes, self.n_sampled - 1)
+        return Packing(self.n_text, self.n_positions, self.n_passes, self.n_sampled - 1, self.still)
 
     def pack(self, text: torch.Tensor, thoughts: torch.Tensor
              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids of the packed sequence, 0 for start and end, which have none; and where those stand.
+        """Ids of the packed sequence, and where start and end stand: they have none, so there are
+        those that they may re-read, x_i and t_S.
 
         text: (B, T+A). thoughts: (B, P, T, S). Returns ids (B, n_packed), is_start and is_end
         (n_packed,) bool.
@@ -129,9 +139,11 @@ class ThoughtLayout:
         assert thoughts.shape == expected, thoughts.shape
         assert text.shape == (n_windows, self.n_positions + self.n_ahead_talk), text.shape
         ids = text.new_zeros(n_windows, self.packing.n_packed)
-        base, _, branches = self.packing.split(ids)  # views: filling them fills ids
+        base, start, branches = self.packing.split(ids)  # views: filling them fills ids
         base.copy_(text[:, :self.n_text])
+        start.copy_(text[:, :self.n_positions])
         branches[..., :self.n_sampled] = thoughts
+        branches[..., self.n_sampled] = thoughts[..., -1]
         lookahead = text[:, 1:].unfold(1, self.n_ahead_talk, 1)[:, None, :, :-1]
         branches[..., self.n_sampled + 1:] = lookahead
         offset = self.packing.describe(text.device)[2]

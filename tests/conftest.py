@@ -15,18 +15,24 @@ def tied(request):
     return request.param
 
 
+@pytest.fixture(params=[False, True], ids=["learned", "reread"])
+def reread(request):
+    return request.param
+
+
 @pytest.fixture
 def make_model():
-    """(tied, banned ids, temperature, seed, sizes) -> float64 Qwen2 with biases, grouped keys.
+    """(tied, banned ids, temperature, seed, reread, sizes) -> float64 Qwen2, biases, grouped keys.
 
     Every parameter of the QuietStar is random and none is zero: biases, start, end and the mixing
     head's last layer included.
     """
-    def make(tied=True, banned=(7, 60), thought_temperature=1.0, seed=0, **sizes):
+    def make(tied=True, banned=(7, 60), thought_temperature=1.0, seed=0, reread=False,
+             **sizes):
         config = Qwen2Config(**SHAPE | sizes, tie_word_embeddings=tied)
         forbidden = torch.zeros(config.vocab_size, dtype=torch.bool)
         forbidden[list(banned)] = True
-        model = QuietStar(Qwen2(config), thought_temperature, forbidden).double()
+        model = QuietStar(Qwen2(config), thought_temperature, forbidden, reread).double()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, p in model.named_parameters():

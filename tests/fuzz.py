@@ -53,7 +53,7 @@ from configs import PRESETS, PrepareConfig, SampleConfig, TrainConfig  # noqa: E
 from data import prepare, writer  # noqa: E402
 from nanoqstar import InputError, bench, cli, device, experiments, flops, runlog, state  # noqa: E402
 
-PATIENCE, HANG = 6, 20  # seconds after which a run is asked to end, and after which it hangs
+PATIENCE, HANG = 6, 20  # seconds after which a run is asked to end (again, twice so), hangs
 GROWTH, ADDRESSES = 400 << 20, 24 << 30  # bytes: more resident than before; all that can be mapped
 MEMORY = 300 << 20  # of the machine that runs believe to be on; they refuse what must take more
 SENTENCE = 4000  # characters
@@ -643,7 +643,7 @@ class Runner:
     def run(self, main, args, out, growth: int | None = None) -> tuple[int, list[str], dict]:
         """(exit code, what was wrong, figures)."""
         before, wrong = tree(self.slot), []
-        begun, asked = time.monotonic(), False
+        begun, asked = time.monotonic(), 0
         self.beside.touched()  # by us
         pid = os.fork()
         if not pid:
@@ -653,9 +653,9 @@ class Runner:
             seconds = time.monotonic() - begun
             if done:
                 break
-            if seconds > PATIENCE and not asked:
+            if seconds > PATIENCE * (asked + 1) and asked < 2:  # a second ends it inside an update
                 os.kill(pid, signal.SIGTERM)
-                asked = True
+                asked += 1
             if seconds > HANG:
                 os.kill(pid, signal.SIGKILL)
                 wrong.append(f"hangs over {HANG} s")
@@ -688,7 +688,7 @@ class Runner:
             wrong.append(f"changes {sorted(changed)[:5]}")
         if code == 0:
             wrong += self.check_rows(out)
-        return code, wrong, {"seconds": seconds, "grown": grown, "asked": asked, "said": said}
+        return code, wrong, {"seconds": seconds, "grown": grown, "asked": bool(asked), "said": said}
 
     def check_rows(self, out) -> list[str]:
         """What is wrong with what a finished run has logged."""

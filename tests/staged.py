@@ -123,7 +123,8 @@ def _mean(x, mask):
 def staged_step(params, cfg, text, docs, *, n_ahead, n_ahead_talk, n_passes, thoughts=None,
                 uniforms=None, banned_ids=(), thought_temperature=1.0, reinforce_temperature=3.0,
                 policy_weight=1e6, clamp_advantage=True, base_valid=None, talk_valid=None,
-                policy_valid=None, attention="sdpa"):
+                policy_valid=None, attention="sdpa",
+                reread=False):
     """Forward of one training step; call `["loss"].backward()` for the gradients.
 
     params: Hugging Face names; start_embedding, end_embedding (D,);
@@ -132,7 +133,8 @@ def staged_step(params, cfg, text, docs, *, n_ahead, n_ahead_talk, n_passes, tho
     official code. base_valid (B, T), talk_valid (B, T, A), policy_valid (B, T): from docs if None.
     attention: "sdpa" is what the official code picks by itself (its time and memory are the
     anchor); "eager" materialises the scores: slower, half as much memory again, and the only one
-    whose FLOPs torch counts on a CPU.
+    whose FLOPs torch counts on a CPU. reread, ours: start is x_i's embedding plus start_embedding,
+    at x_i's place, end t_S's plus end_embedding, at t_S's.
 
     Returns loss, nll_loss, policy_loss, nll_base (B, P, T+A-1), nll_mixed and mix (B, P, T, A),
     reward and advantage (B, P, T), thought_lp and thoughts (B, P, T, S), and nll_partial
@@ -188,11 +190,14 @@ def staged_step(params, cfg, text, docs, *, n_ahead, n_ahead_talk, n_passes, tho
     own = torch.full((T, T), MASKED, dtype=mask.dtype, device=text.device)
     own = own.fill_diagonal_(0).expand(R, 1, T, T)
     x = params["start_embedding"].expand(R, T, -1)
+    if reread:
+        x = x + F.embedding(rows[:, :T], embedding)
     sampled, thought_lp, partial, mixed, mix, reward = [], [], [], [], [], 0
     for call in range(1, K + A):
         ahead = max(0, call - K)  # k of the talk stage, 0 before
         mask = torch.cat([mask, own], dim=-1)
-        talk = _forward(params, cfg, x, place[:T] + call, mask, cache, attention)  # (R, T, D)
+        at = place[:T] + call - reread * (1 + (call >= K))
+        talk = _forward(params, cfg, x, at, mask, cache, attention)  # (R, T, D)
         base_ahead = base[:, ahead:ahead + T]
         w = mixing_weight(base_ahead, talk)
         hidden = ((1 - w) * base_ahead + w * talk).to(base.dtype)
@@ -208,8 +213,10 @@ def staged_step(params, cfg, text, docs, *, n_ahead, n_ahead_talk, n_passes, tho
         elif call >= K:
             # of the last call: never read
             one_hot = F.one_hot(target, cfg.vocab_size).to(embedding.dtype)
-        x = (params["end_embedding"].expand(R, T, -1) if call == K - 1
+        x = (params["end_embedding"].expand(R, T, -1) if call == K - 1 and not reread
              else (one_hot @ embedding).to(embedding.dtype))
+        if call == K - 1 and reread:  # the one-hot is still t_S
+            x = x + params["end_embedding"]
         if call < K:
             partial.append(nll)
         else:

@@ -180,6 +180,9 @@ def test_kinds_of_thoughts():
     kinds = [fold.kind_of_thought(t, "abcd", "aefg")
              for t in ("aefg", "bbbg", "abcd", "abce", "=)\ng")]
     assert kinds == ["worked", "useful", "restated", "other", "other"]
+    kinds = [fold.kind_of_thought(t, "abcd", "aefg")  # with room for brackets and more
+             for t in ("(aefg)", "aefg)g", "(bg)e\n", "(abcd)", "g\nabcd", "(aefge", "((aefg")]
+    assert kinds == ["worked", "worked", "useful", "restated", "other", "other", "other"]
 
 
 def answer_to(problem):

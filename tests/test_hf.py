@@ -153,7 +153,7 @@ def test_weight_files_are_readable_for_whom_other_files_are(tmp_path):
 def test_thinking_is_metadata_of_the_thoughts(folder):
     with safe_open(folder / "quietstar.safetensors", "pt") as f:
         assert f.metadata() == {"format": "pt", "n_ahead": "8", "n_ahead_talk": "3",
-                                "thought_temperature": "0.7"}
+                                "thought_temperature": "0.7", "delimiters": "learned"}
     edit(folder / "nanoqstar.json", config={"n_ahead": 0, "n_ahead_talk": 9})  # a continued run's
     assert load_thinker(folder)[2].thinking == THINKING
 
@@ -175,11 +175,11 @@ def test_thinking_of_older_folders(folder, config, expected):
     {"n_ahead": "many"}, {"n_ahead": "2"}, {"n_ahead_talk": "-1"}, {"thought_temperature": "nan"},
     {"thought_temperature": "-1.0"}, {"thought_temperature": "inf"}, {"n_ahead": "8.5"},
     {"n_ahead": str(10**30)}, {"n_ahead": "9" * 5000}, {"n_ahead_talk": str(2**17)},
-    {"n_ahead": "0"}, {"thought_temperature": "1e-320"}])
+    {"n_ahead": "0"}, {"thought_temperature": "1e-320"}, {"delimiters": "(" * 999}])
 def test_damaged_thinking(folder, metadata):
     own = folder / "quietstar.safetensors"
     save_file(load_file(own), own, {"format": "pt", **metadata})
-    message = rf"quietstar.safetensors is damaged: {min(metadata)} must be from .* not "
+    message = rf"quietstar.safetensors is damaged: {min(metadata)} must be .* not "
     with pytest.raises(InputError, match=message) as error:
         load_thinker(folder)
     assert len(str(error.value)) < 500
@@ -195,6 +195,14 @@ def test_damaged_thinking_of_older_folders(folder, config):
     edit(folder / "nanoqstar.json", config=config)
     with pytest.raises(InputError, match=f"is damaged: {min(config)} must be from"):
         load_thinker(folder)
+
+
+def test_delimiters_that_reread_are_loaded_as_such(folder):
+    own = folder / "quietstar.safetensors"
+    assert not load_thinker(folder)[0].reread
+    save_file(load_file(own), own, {"format": "pt", "delimiters": "reread"})
+    model, _, settings = load_thinker(folder)
+    assert model.reread and settings.thinking.delimiters == "reread"
 
 
 def test_thoughts_that_got_lost(folder):

@@ -16,8 +16,8 @@ GUARDED = {"pyarrow", "wandb", "lm_eval"}  # optional extras, inside functions o
 ORDER = [  # a module imports from those before it
     "cli", "files", "cpu", "parallel", "device", "qwen2", "lora", "thoughts", "attention", "head",
     "objective", "dataset", "quietstar", "sampling", "evaluate", "flops", "hub", "tokenizer",
-    "weights", "hf", "state", "plan", "runlog", "run", "export", "transformers", "lm_eval", "bench",
-    "experiments"]
+    "weights", "hf", "continuation", "state", "plan", "runlog", "run", "export", "transformers",
+    "lm_eval", "delimiters", "bench", "experiments"]
 LIGHT = {"nanoqstar", "nanoqstar.cli", "nanoqstar.files"}  # the standard library and each other
 SCRIPTS = ("train.py", "sample.py", "data/prepare.py", "nanoqstar.bench", "nanoqstar.experiments",
            "nanoqstar.export")

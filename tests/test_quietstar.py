@@ -50,16 +50,17 @@ def staged(model, text, docs, **kwargs):
               for name, p in model.named_parameters()}
     banned = set(model.banned.nonzero()[:, 0].tolist())
     kwargs = dict(banned_ids=banned, policy_weight=LOSS["policy_weight"]) | kwargs
-    return staged_step(params, StagedConfig(**config), text, docs, **kwargs), params
+    return staged_step(params, StagedConfig(**config), text, docs, reread=model.reread,
+                       **kwargs), params
 
 
 # ---- packed equals staged -----------------------------------------------------------------------
 
 @pytest.mark.parametrize(("K", "A"), [(3, 1), (3, 3), (5, 1), (5, 3)])
 @pytest.mark.parametrize(("P", "T"), [(1, 18), (2, 7)])
-def test_packed_is_staged(make_model, make_text, make_thoughts, tied, K, A, P, T):
+def test_packed_is_staged(make_model, make_text, make_thoughts, tied, reread, K, A, P, T):
     """Qwen2 with biases, several documents in a window: every number and every gradient."""
-    model, (text, docs) = make_model(tied), make_text(3, T + A)
+    model, (text, docs) = make_model(tied, reread=reread), make_text(3, T + A)
     thoughts = make_thoughts(3, P, T, K - 2, vocab=60)
     thoughts[thoughts == 7] = 8  # a banned id has log-prob -inf
     clamp = dict(clamp_advantage=P > 1)  # one pass has no baseline: all rewards might be negative
@@ -84,10 +85,11 @@ def test_packed_is_staged(make_model, make_text, make_thoughts, tied, K, A, P, T
 
 @pytest.mark.parametrize(("K", "A", "P"), [(3, 1, 2), (5, 3, 2), (4, 2, 1)])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_rollout_is_staged_sampling(make_model, make_text, tied, K, A, P, temperature):
+def test_rollout_is_staged_sampling(make_model, make_text, tied, reread, K, A, P, temperature):
     """The same uniforms give the same thoughts and log-probs; a forced forward then agrees."""
     T = 17
-    model, (text, docs) = make_model(tied, thought_temperature=temperature), make_text(3, T + A)
+    model = make_model(tied, thought_temperature=temperature, reread=reread)
+    text, docs = make_text(3, T + A)
     generator = torch.Generator().manual_seed(4)
     draws = torch.rand(3, P, T, K - 2, generator=generator, dtype=torch.float64)
     thoughts, log_probs = model.rollout(text, docs, draws)
@@ -209,7 +211,7 @@ def test_a_thought_token_moves_what_comes_after_it(make_model, make_text, make_t
         assert torch.equal(moved[name], expected[name]), name
 
 
-def test_gradients_show_no_leak(make_model, make_text, make_thoughts, monkeypatch):
+def test_gradients_show_no_leak(make_model, make_text, make_thoughts, reread, monkeypatch):
     """Of each hidden state, which input embeddings have a gradient: exactly those they should.
 
     In particular none for x_{i+1+j}, which mixed[i, j] predicts, nor for other positions' or other
@@ -217,7 +219,7 @@ def test_gradients_show_no_leak(make_model, make_text, make_thoughts, monkeypatc
     """
     B, P, T, K, A = 2, 2, 5, 4, 2
     S, layout = K - 2, ThoughtLayout(K, A, P, T)
-    model, (text, docs) = make_model(), make_text(B, T + A)
+    model, (text, docs) = make_model(reread=reread), make_text(B, T + A)
     docs[1] = torch.tensor([3, 3, 4, 4, 4, 4, 4])
     captured, embed = [], model.lm.embed
     monkeypatch.setattr(model.lm, "embed", lambda ids: captured.append(embed(ids)) or captured[-1])
@@ -232,13 +234,14 @@ def test_gradients_show_no_leak(make_model, make_text, make_thoughts, monkeypatc
     def allowed(b, text_of=(), branch_of=None, n_branch=0):
         """Their documents up to these positions; branch (i, p)'s first n_branch tokens but end."""
         mask = torch.zeros(1, layout.packing.n_packed, dtype=torch.bool)
-        base, _, branches = layout.packing.split(mask)  # views
+        base, start, branches = layout.packing.split(mask)  # views
         for i in text_of:
             base[0, :i + 1] |= docs[b, :i + 1] == docs[b, i]
         if branch_of:
             i, p = branch_of
+            start[0, i] = reread  # else start and end are vectors of their own
             branches[0, p, i, :n_branch] = True
-            branches[0, p, i, S] = False  # end is a vector of its own, as is start
+            branches[0, p, i, S] &= reread
         return mask[0]
 
     for b in range(B):
@@ -336,6 +339,9 @@ def test_start_and_end_begin_at_the_mean_embedding(make_model):
     torch.testing.assert_close(model.start_embedding, mean, rtol=1e-14, atol=0)
     assert torch.equal(model.end_embedding, embedding[5])
     assert model.end_embedding.std() > 0.1  # no constant
+    model.reread = True
+    model.init_thoughts([4, 9], [5])
+    assert not model.start_embedding.any() and not model.end_embedding.any()
     assert model.mixing_head[0].weight.std() > 0.05 and model.mixing_head[2].bias.std() > 0.05
 
 

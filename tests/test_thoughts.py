@@ -81,6 +81,15 @@ def test_rope_positions_by_hand():
         0, 1, 2, 3, 1, 2, 3, 2, 3, 4]
 
 
+def test_rope_positions_of_delimiters_that_reread_by_hand():
+    """start at i, t_k at i+k, end at i+S, x_{i+k} at i+S+k."""
+    layout = ThoughtLayout(n_ahead=5, n_ahead_talk=3, n_passes=1, n_positions=2, reread=True)
+    assert layout.packing.rope_positions().tolist() == [  # start t_1 t_2 t_3 end x_1 x_2
+        0, 1, 2, 3, 0, 1, 2, 3, 3, 4, 5, 1, 2, 3, 4, 4, 5, 6]
+    assert layout.rollout_packing.rope_positions().tolist() == [  # start t_1 t_2
+        0, 1, 2, 3, 0, 1, 2, 1, 2, 3]
+
+
 def test_describe_by_hand():
     position, pass_, offset = LAYOUT.packing.describe()
     assert position.tolist() == [0, 1, 2, 3] + 7 * [0] + 7 * [1] + 7 * [2]
@@ -95,8 +104,10 @@ def test_pack_by_hand():
     thoughts = torch.tensor([[[31, 32, 33], [41, 42, 43]], [[51, 52, 53], [61, 62, 63]]])[..., None]
     ids, is_start, is_end = LAYOUT.pack(text, thoughts)
     assert ids.tolist() == [
-        [10, 11, 12, 13, 0, 31, 0, 11, 41, 0, 11, 0, 32, 0, 12, 42, 0, 12, 0, 33, 0, 13, 43, 0, 13],
-        [20, 21, 22, 23, 0, 51, 0, 21, 61, 0, 21, 0, 52, 0, 22, 62, 0, 22, 0, 53, 0, 23, 63, 0, 23]]
+        [10, 11, 12, 13, *(10, 31, 31, 11, 41, 41, 11), *(11, 32, 32, 12, 42, 42, 12),
+         *(12, 33, 33, 13, 43, 43, 13)],
+        [20, 21, 22, 23, *(20, 51, 51, 21, 61, 61, 21), *(21, 52, 52, 22, 62, 62, 22),
+         *(22, 53, 53, 23, 63, 63, 23)]]
     assert is_start.nonzero()[:, 0].tolist() == [4, 11, 18]
     assert is_end.nonzero()[:, 0].tolist() == [6, 9, 13, 16, 20, 23]
 
@@ -105,7 +116,7 @@ def test_pack_with_longer_lookahead_by_hand():
     layout = ThoughtLayout(n_ahead=4, n_ahead_talk=3, n_passes=1, n_positions=2)
     text, thoughts = torch.tensor([[10, 11, 12, 13, 14]]), torch.tensor([[[[31, 32], [33, 34]]]])
     ids, is_start, is_end = layout.pack(text, thoughts)
-    assert ids.tolist() == [[10, 11, 12, 13, 0, 31, 32, 0, 11, 12, 0, 33, 34, 0, 12, 13]]
+    assert ids.tolist() == [[10, 11, 12, 13, 10, 31, 32, 32, 11, 12, 11, 33, 34, 34, 12, 13]]
     assert is_start.nonzero()[:, 0].tolist() == [4, 10]
     assert is_end.nonzero()[:, 0].tolist() == [7, 13]
 
@@ -114,7 +125,7 @@ def test_lookahead_of_one_packs_no_true_token():
     layout = ThoughtLayout(n_ahead=3, n_ahead_talk=1, n_passes=2, n_positions=2)
     ids, _, is_end = layout.pack(torch.tensor([[10, 11, 12]]),
                                  torch.tensor([[[[31], [32]], [[41], [42]]]]))
-    assert ids.tolist() == [[10, 11, 0, 31, 0, 41, 0, 0, 32, 0, 42, 0]]
+    assert ids.tolist() == [[10, 11, 10, 31, 31, 41, 41, 11, 32, 32, 42, 42]]
     assert is_end.nonzero()[:, 0].tolist() == [4, 6, 9, 11]
 
 

@@ -1174,6 +1174,23 @@ def test_trained_delimiters_stay_and_a_text_for_them_is_said_to_do_nothing(run, 
     assert said == [f"start_init_text '=' does nothing: start and end are as trained in {run[0]}"]
 
 
+def test_delimiters_that_reread(tmp_path, capsys):
+    """From the command line into the folder, on from there, and not on as the other kind."""
+    assert start(tmp_path / "x", delimiters="reread") == 0
+    model, _, settings = hf.load_thinker(tmp_path / "x")
+    assert model.reread and settings.thinking.delimiters == "reread"
+    assert model.start_embedding.any() and model.start_embedding.abs().max() < 0.1  # from zero
+    assert start(tmp_path / "y", model_path=str(tmp_path / "x"), delimiters="reread") == 0
+    assert hf.load_thinker(tmp_path / "y")[0].reread
+    capsys.readouterr()
+    check_refused(capsys, start(tmp_path / "z", model_path=str(tmp_path / "x")),
+                  "was taught to think with --delimiters reread")
+    assert start(tmp_path / "z", model_path=str(tmp_path / "x"), n_ahead=0) == 0
+    assert hf.load_thinker(tmp_path / "z")[2].thinking.delimiters == "reread"
+    check_refused(capsys, start(tmp_path / "w", "--start_init_text", "a", delimiters="reread"),
+                  "start_init_text")
+
+
 @pytest.mark.parametrize(("change", "sentence"), [
     ({"seed": 1}, "of --seed 0: with 1 its letters"),
     ({"fold_operations": 2}, "of --fold_operations 1: with 2 its letters"),
