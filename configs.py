@@ -15,6 +15,9 @@ LEARNED = When("thoughts with learned delimiters",
 RESUMED = When("resume", lambda c: c.resume is not None)
 NEW_RUN = When("a new run, or resume auto", lambda c: c.resume in (None, "auto"))
 ADAPTERS = When("adapters (lora_rank above 0)", lambda c: c.lora_rank > 0)
+PUSHED = When("push", lambda c: c.push is not None)
+THINKING = When("thoughts", lambda c: not c.no_thoughts)
+FILE = When("a file of prompts (prompts)", lambda c: c.prompts is not None)
 DATASET = When("a Hugging Face dataset (input none)", lambda c: c.input is None)
 Device = Literal["auto", "cuda", "mps", "cpu"]
 AUTO = "auto: the first of cuda, mps, cpu there is"
@@ -175,6 +178,10 @@ class TrainConfig:
                         "times the fp32 model", at_least=1)
     save_dtype: Literal["fp32", "bf16"] = setting(
         "fp32", "of the model that others load; states are exact all the same")
+    push: str | None = setting(None, "OWNER/NAME of a model on the Hub, made private if it is not "
+                               "there, to back checkpoint/ up to in the background", at_least=1)
+    push_every: int = setting(1000, "updates between backups; each is made at a save, one at the "
+                              "end", at_least=1, when=PUSHED)
     wandb: bool = setting(False, "log to Weights & Biases as well (pip install -e '.[wandb]')")
 
     def __post_init__(self) -> None:
@@ -219,7 +226,7 @@ class TrainConfig:
 
 # what a resumed run may change without --force: nothing that is learned depends on it
 HARMLESS = {"max_base_rise", "log_every", "eval_every", "eval_tasks", "eval_limit", "save_every",
-            "keep", "save_dtype", "wandb"}
+            "keep", "save_dtype", "push", "push_every", "wandb"}
 
 
 def changes(before: TrainConfig, now: TrainConfig) -> tuple[list[str], list[str]]:
@@ -336,13 +343,33 @@ def list_presets() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    prompt: str | None = setting(None, "text to continue, taken as it is; none: ask for prompts, "
-                                 "one after the other")
+    prompt: str | None = setting(
+        None, "text to continue, taken as it is; none: ask for prompts, one after the other",
+        when=When("one prompt (prompts none)", lambda c: c.prompts is None))
+    prompts: str | None = setting(
+        None, "file of prompts: .txt, one a line, blank lines left out; .jsonl, a `prompt` in each "
+        "object", at_least=1)
+    out: str | None = setting(
+        None, "the .jsonl to write: a row a prompt, in their order; rows that are there already "
+        "are not computed again", at_least=1, when=FILE)
+    batch_size: int = setting(8, "prompts that are written on at once; changes no text but by "
+                              "rounding", at_least=1, when=FILE)
+    n_samples: int = setting(
+        1, "continuations of the prompt, written at once and shown one after the other", at_least=1,
+        at_most=10_000, when=When("single prompts, not a file or a conversation", lambda c: (
+            c.prompts is None and (c.prompt is not None or not c.chat))))
+    chat: bool = setting(False, "prompts are messages to an instruct model (ChatML, as Qwen has "
+                         "it); asked for one after the other, they are one conversation")
+    system: str | None = setting(
+        "You are a helpful assistant.", "what a conversation begins with; none: nothing",
+        at_least=1, when=When("chat", lambda c: c.chat))
     model_path: str | None = setting(None, "a run's folder, a checkpoint, a model folder or a Hub "
                                      "id; none: the newest run in out/", at_least=1)
     tokenizer: str | None = setting(
         None, "folder or Hub id of the tokenizer; none: the model's own", at_least=1)
     max_new_tokens: int = setting(100, "tokens to write", at_least=1)
+    stop: tuple[str, ...] = setting((), "end before this text, which is not shown; \\n is a "
+                                    "newline", escapes=True)
     temperature: float = setting(1.0, "of the text; 0: always the likeliest token", at_least=0,
                                  at_most=1000)
     top_k: int | None = setting(None, "draw from the k likeliest tokens only", at_least=1)
@@ -351,13 +378,39 @@ class SampleConfig:
     seed: int = setting(0, "of thoughts and text", at_least=0, below=2**63)
     n_ahead: int | None = setting(
         None, "tokens of a thought, start and end included; none: as trained", at_least=3,
-        when=When("thoughts", lambda c: not c.no_thoughts))
+        when=THINKING)
+    thought_temperature: float | None = setting(
+        None, "of the thoughts; 0: always the likeliest; none: as trained", at_least=0,
+        at_most=1000, when=THINKING)
     no_thoughts: bool = setting(False, "the base model alone")
-    show_thoughts: bool = setting(False, "print each token's thought before it",
-                                  when=When("thoughts", lambda c: not c.no_thoughts))
+    show_thoughts: bool = setting(False, "print each token's thought before it, or add them to the "
+                                  "rows", when=THINKING)
     compile: bool = setting(False, "on a GPU: compile first, for a minute or more the first time, "
                             "then write faster")
     device: Device = setting("auto", AUTO)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.prompts and Path(self.prompts).suffix.lower() not in (".txt", ".jsonl"):
+            raise InputError("--prompts: name a .txt (one a line) or a .jsonl")
+        if self.prompts and Path(self.out or "").suffix.lower() != ".jsonl":
+            raise InputError("--prompts needs an --out FILE.jsonl to write to")
+        if 0 < (self.thought_temperature or 0) < 1e-3:
+            raise InputError("--thought_temperature: must be 0 (the likeliest) or at least 0.001")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    run: str = setting(MISSING, "a run's folder, a checkpoint, a model folder or a Hub id",
+                       at_least=1)
+    folder: str = setting(MISSING, "what to make; nothing may be in it", at_least=1)
+    tokenizer: str | None = setting(
+        None, "folder or Hub id of the tokenizer; none: the model's own", at_least=1)
+    save_dtype: Literal["fp32", "bf16"] = setting(
+        "fp32", "of the weights; fp32: as they were trained; bf16: half as large, but rounding "
+        "undoes updates smaller than its steps")
+    push: str | None = setting(None, "OWNER/NAME of a model on the Hub to upload it to as well, "
+                               "made private if it is not there", at_least=1)
 
     def __post_init__(self) -> None:
         check(self)

@@ -66,9 +66,14 @@ def setting(default: Any, meaning: str, *, at_least: float | None = None,
 
 
 def types_of(f: dataclasses.Field) -> tuple[tuple[type, ...], tuple[str, ...] | None]:
-    """(accepted types, choices or None): `X | None` gives X and NoneType, Literal its choices."""
+    """(accepted types, choices or None): `X | None` gives X and NoneType, Literal its choices.
+
+    A tuple is one of texts: the option may be given several times.
+    """
     if typing.get_origin(f.type) is Literal:
         return (str,), typing.get_args(f.type)
+    if typing.get_origin(f.type) is tuple:
+        return (tuple,), None
     kind: Any = f.type
     return (typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)), None
 
@@ -94,10 +99,11 @@ def check(settings: Any) -> None:
             raise InputError(f"--{f.name}: expected {expected}, got {value!r}")
         if type(value) is int and not -2**63 <= value < 2**63:
             raise InputError(f"--{f.name}: a smaller integer, please: below 2^63")
-        if isinstance(value, str) and not sayable(value):
-            raise InputError(f"--{f.name}: {value!r} holds a NUL, or half of a character")
-        if value == "" and f.metadata["bounds"]:
-            raise InputError(f"--{f.name}: must not be empty")
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and not sayable(text):
+                raise InputError(f"--{f.name}: {text!r} holds a NUL, or half of a character")
+            if text == "" and (f.metadata["bounds"] or text is not value):
+                raise InputError(f"--{f.name}: must not be empty")
         bounds = {} if value is None or isinstance(value, str) else f.metadata["bounds"]
         for bound, limit in bounds.items():
             good = {"at least": value >= limit, "greater than": value > limit,
@@ -116,8 +122,9 @@ def parse_value(f: dataclasses.Field, text: str) -> Any:
     kind = accepted[0]
     if text.lower() == "none" and type(None) in accepted:
         return None
-    if kind is str:
-        return text.replace("\\n", "\n") if f.metadata["escapes"] else text
+    if kind in (str, tuple):
+        text = text.replace("\\n", "\n") if f.metadata["escapes"] else text
+        return text if kind is str else (text,)
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
@@ -153,7 +160,8 @@ def parse(cls: type, args: Iterable[str], positional: str | None = None) -> dict
                 text = rest.pop(0)
             else:
                 raise InputError(f"--{name}: a value is missing")
-        values[name] = parse_value(f, text)
+        value = parse_value(f, text)
+        values[name] = values.get(name, ()) + value if isinstance(value, tuple) else value
     return values
 
 
@@ -190,8 +198,9 @@ def help_text(cls: type, usage: str, base: Any = None, positional: str | None = 
         accepted, choices = types_of(f)
         names = ("none" if t is type(None) else t.__name__ for t in accepted)
         kind = "|".join(choices) if choices else " or ".join(names)
+        kind = kind.replace("tuple", "str, again for more")
         value = f.default if base is None else getattr(base, f.name)
-        default = "none" if value is None else value
+        default = "none" if value in (None, ()) else value
         if isinstance(value, (bool, str)):
             default = json.dumps(value)
         only = f" ({when.what} only)" if base is None and when else ""

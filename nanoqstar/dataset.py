@@ -20,7 +20,7 @@ from nanoqstar.files import read_json, read_small
 
 FORMAT = 1
 SPLITS = ("train", "val")
-KINDS, PHASES = ("windows", "thoughts"), ("pretrain", "think", "text", "eval")
+KINDS, PHASES = ("windows", "thoughts"), ("pretrain", "think", "text", "eval", "sample")
 
 
 def stream(kind: str, phase: str, step: int, index: int, seed: int) -> np.random.Generator:

@@ -250,15 +250,16 @@ def read(folder: Path, device: str | torch.device, dtype: torch.dtype,
 
 def save(folder: str | os.PathLike, model: QuietStar, tokenizer: Tokenizer, *,
          thinking: Thinking | None, step: int, config: Mapping[str, Any], source: Path | None,
-         dtype: Literal["fp32", "bf16"] = "fp32") -> None:
+         dtype: Literal["fp32", "bf16"] = "fp32", beside: Mapping[str, str] | None = None) -> None:
     """Writes a folder that `load_thinker` and transformers read; one we wrote earlier is replaced.
 
     thinking: how start, end and mixing head were trained, or None for the language model alone.
     source: the model folder it came from, whose files for transformers go along. dtype: of the
-    language model's weights; fp32: as they are, those with adapters merged in fp32. At any moment
-    `load_thinker` finds the earlier folder or the new one, whole. What others have put into the
-    folder stays in it. Raises OSError, with the earlier one in place, where writing fails, and
-    InputError where the folder is not ours or another process is saving into it.
+    language model's weights; fp32: as they are, those with adapters merged in fp32. beside: more
+    files, {name: text}. At any moment `load_thinker` finds the earlier folder or the new one,
+    whole. What others have put into the folder stays in it. Raises OSError, with the earlier one in
+    place, where writing fails, and InputError where the folder is not ours or another process is
+    saving into it.
     """
     folder = Path(os.path.realpath(folder))
     work = workplace(folder)
@@ -275,6 +276,8 @@ def save(folder: str | os.PathLike, model: QuietStar, tokenizer: Tokenizer, *,
                 write(new, model, tokenizer, thinking, source, dtype)
                 lora.save(new / "adapter", model.lm, base_of(folder, config, source))
                 write_json(new / "nanoqstar.json", {"step": step, "config": dict(config)})
+                for name, text in (beside or {}).items():
+                    (new / name).write_text(text, encoding="utf-8")
                 for file in (*new.rglob("*"), new):
                     sync(file)
                 if folder.exists():

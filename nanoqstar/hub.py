@@ -8,10 +8,11 @@ import socket
 import threading
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from huggingface_hub import constants, errors
+from huggingface_hub import HfApi, constants, errors, get_token
 
 from nanoqstar import InputError
 from nanoqstar.files import shown
@@ -71,7 +72,7 @@ def explain(name: str, error: BaseException, *args: Any) -> str:
     """What is wrong with the repository `name`, of which `args` were asked, and how to mend it."""
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__  # why the Hub could not be asked
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = status_of(error)
     if isinstance(error, errors.GatedRepoError) or status in (401, 403):
         return (f"the Hub refuses access to {name!r} ({status}): the name is wrong, or it is "
                 "private or gated: accept its terms on its page, then set HF_TOKEN or run "
@@ -88,3 +89,39 @@ def explain(name: str, error: BaseException, *args: Any) -> str:
     else:  # such as a full disk
         reason = " ".join(str(error).split()) or type(error).__name__
     return f"{name!r} is not on this disk, and cannot be fetched from the Hub: {reason}"
+
+
+def status_of(error: BaseException) -> int | None:
+    """What the Hub answered, if it did."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def check_push(name: str) -> None:
+    """InputError where `name` is no OWNER/NAME, or nobody is logged in to write there."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise InputError(f"--push: '{shown(name)}' is no OWNER/NAME of a model on the Hub")
+    if get_token() is None:
+        raise InputError(f"nothing can be pushed to {name!r} without a token: set HF_TOKEN, or run "
+                         "`hf auth login`, with one that may write")
+
+
+def push(folder: Path, name: str, message: str) -> None:
+    """Uploads a folder as a commit to the Hub's model `name`, made private where there is none.
+
+    What else lies there stays. Raises InputError: no token, no network, no right to write.
+    """
+    check_push(name)
+    try:  # not what `answers` remembers: a run may push for weeks
+        if constants.HF_HUB_OFFLINE or not answers.__wrapped__(constants.ENDPOINT):
+            raise errors.OfflineModeIsEnabled
+        HfApi().create_repo(name, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message)
+    except Exception as error:  # as in `fetch`
+        status, reason = status_of(error), " ".join(str(error).split()) or type(error).__name__
+        if status in (401, 403):
+            reason = f"the Hub refuses it ({status}): use a token that may write there"
+        elif status:
+            reason = f"the Hub answered {status}"
+        elif isinstance(error, (errors.OfflineModeIsEnabled, errors.HTTPError)):
+            reason = "no network, or HF_HUB_OFFLINE is set"
+        raise InputError(f"{shown(name)!r} on the Hub was not written: {reason}") from error

@@ -16,7 +16,19 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from nanoqstar import InputError, answers, cpu, evaluate, flops, hf, lora, parallel, plan, tasks
+from nanoqstar import (
+    InputError,
+    answers,
+    cpu,
+    evaluate,
+    flops,
+    hf,
+    hub,
+    lora,
+    parallel,
+    plan,
+    tasks,
+)
 from nanoqstar.dataset import TokenDataset
 from nanoqstar.device import pick_device, pick_threads, speed_up
 from nanoqstar.quietstar import QuietStar, Rollout, draw_from
@@ -41,6 +53,8 @@ def check(cfg: Any) -> tuple[torch.device, Splits | None, Loaded | None]:
     """Refuses what cannot work before anything is made; returns the device, the splits of prepared
     data, and the model to start from, where there is one."""
     check_shares(cfg, parallel.size())
+    if cfg.push:
+        hub.check_push(cfg.push)
     device, splits, loaded = pick_device(cfg.device), None, None
     if cfg.data != "fold":
         splits = open_splits(cfg, Path(cfg.data))
@@ -251,6 +265,8 @@ class Run:
         cfg, log = self.cfg, self.log
         self.evaluate(at, final=True)
         log.write("end", at.update, seconds=log.seconds)
+        with self.signals.at_once():
+            log.back_up(at.update, last=True)
         words, answer = " --show_thoughts" * (cfg.n_ahead > 0), ""
         if self.corpus:
             options, letter = self.corpus.example()

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,10 +17,11 @@ from types import FrameType
 from typing import Any, TextIO, cast
 
 import torch
+from huggingface_hub.utils import disable_progress_bars
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from nanoqstar import InputError, hf, lora, parallel
+from nanoqstar import InputError, hf, hub, lora, parallel
 from nanoqstar.cli import OUT_OF_MEMORY, Interrupted, is_out_of_memory
 from nanoqstar.files import LOCK, lock, plain, write_json
 from nanoqstar.quietstar import QuietStar
@@ -166,6 +168,7 @@ class RunLog:
         self.advice = OUT_OF_MEMORY
         self.saved: tuple[Path, int] | None = None  # the newest of what is saved, and its update
         self.saving: Future | None = None
+        self.pushed, self.pushing = 0, cast(threading.Thread | None, None)  # update, by whom
         self.states = States(folder / "state", keep)
         self.start = self.said = time.perf_counter()
         self.is_first, self.group = parallel.rank() == 0, parallel.another_group()
@@ -285,12 +288,45 @@ class RunLog:
                           config=self.config, source=source,
                           dtype=self.config.get("save_dtype", "fp32")):
                 self.saved = folder, at.update
+                if not first:
+                    self.back_up(at.update)
 
         thread = ThreadPoolExecutor(1)
         self.saving = thread.submit(save_both, copies or tensors, dataclasses.replace(at))
         thread.shutdown(wait=False)
         if copies is None:
             self.wait()
+
+    def back_up(self, update: int, last: bool = False) -> None:
+        """Pushes checkpoint/ to the Hub, where that is due, without waiting for it; last: due
+        unless it has been, and waited for. What fails is said, and the run goes on."""
+        name = self.config.get("push")
+        if not name or not self.is_first:
+            return
+        if last and self.pushing:
+            self.pushing.join()
+        due = update > self.pushed if last else update - self.pushed >= self.config["push_every"]
+        if due and not (self.pushing and self.pushing.is_alive()):
+            # the next save may replace checkpoint/ meanwhile, never a file in it
+            copy, self.pushed = self.folder / "checkpoint.push", update
+
+            def push() -> None:
+                try:
+                    hub.push(copy, name, f"Update {update}")
+                    self.say(f"update {update} is backed up to {name}")
+                except InputError as error:
+                    write(f"warning: update {update} is not backed up: {error}; the run goes on",
+                          sys.stderr)
+                shutil.rmtree(copy, ignore_errors=True)
+
+            shutil.rmtree(copy, ignore_errors=True)
+            if self.guard(f"update {update} is not backed up", shutil.copytree,
+                          self.folder / "checkpoint", copy, copy_function=link):
+                disable_progress_bars()
+                self.pushing = threading.Thread(target=push, daemon=True)  # none waits at the exit
+                self.pushing.start()
+                if last:
+                    self.pushing.join()
 
     def wait(self) -> None:
         """Until nothing is being saved."""
@@ -360,6 +396,14 @@ class RunLog:
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.start
+
+
+def link(source: str, target: str) -> None:
+    """A second name for a file, or where the disk has none a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def stand_in(model: QuietStar, tensors: Mapping[str, torch.Tensor], lora_rank: int) -> QuietStar:

@@ -25,6 +25,7 @@ class Example:
     text: str = setting("a", "as it is")
     path: str | None = setting(None, "not empty", at_least=1)
     escaped: str = setting("b", "with escapes", escapes=True)
+    several: tuple[str, ...] = setting((), "again for more", escapes=True)
     extra: int = setting(0, "goes with flag", when=When("a flag", lambda c: c.flag))
 
     def __post_init__(self):
@@ -36,6 +37,8 @@ def test_both_spellings_and_bare_booleans():
             "--escaped=a\\nb"]
     assert parse(Example, args) == {"n": 8, "x": 0.25, "flag": True, "maybe": False, "text": "--n",
                                     "escaped": "a\nb"}
+    assert parse(Example, ["--several", "a\\n", "--several=--n", "--n=1"]) == {
+        "several": ("a\n", "--n"), "n": 1}
     assert parse(Example, ["--flag", "--n", "none"]) == {"flag": True, "n": None}
     assert parse(Example, ["--maybe", "None", "--flag=false"]) == {"maybe": None, "flag": False}
     assert parse(TrainConfig, ["--max_steps", "100_000"]) == {"max_steps": 100_000}
@@ -67,6 +70,8 @@ def test_a_prompt_is_taken_as_it_is(text):
     (["--extra", "3"], "--extra is for a flag only: leave it out"),
     (["--extra", str(2**63), "--flag"], "--extra: a smaller integer"),
     (["--path", ""], "--path: must not be empty"),
+    (["--several=a", "--several="], "--several: must not be empty"),
+    (["--several=a", "--several", "\0"], "--several: '\\x00' holds a NUL"),
     (["--what", "three"], "--what: 'three' is not one of one, two"),
 ])
 def test_refused_options(args, sentence):

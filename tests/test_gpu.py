@@ -156,6 +156,21 @@ def test_decoding_is_that_of_the_cpu(pair, monkeypatch, n_ahead, compiled):
         assert torch.equal(ours.thoughts.cpu(), expected.thoughts)
 
 
+@pytest.mark.parametrize("n_ahead", [0, 6])
+def test_prompts_leave_the_batch_as_on_the_cpu(pair, n_ahead):
+    """A graph is captured again for the smaller batch; thoughts of temperature 0."""
+    written = []
+    for model in pair:
+        ended, rows = set(), []
+        for i, step in enumerate(generate(model, [[5, 9, 2], [40], [3, 58, 21, 8]], 9, n_ahead,
+                                          temperature=0, ended=ended, thought_temperature=0)):
+            ended |= {0, 2} if i == 3 else set()
+            rows.append((list(step.rows), step.tokens.tolist(), step.thoughts.tolist()))
+        written.append(rows)
+    assert written[0] == written[1]
+    assert [len(rows) for rows, _, _ in written[0]] == [3] * 4 + [1] * 5
+
+
 def test_a_run_learns_on_the_gpu(tmp_path):
     """The demo, shortened, as train.py runs it: bf16, fused optimizer, pinned batches, evaluation,
     checkpoint."""

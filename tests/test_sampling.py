@@ -280,3 +280,145 @@ def test_thoughts_have_the_thought_temperature(make_model):
             expected = logits.softmax(-1)
         frequency = step.thoughts[:, 0].bincount(minlength=61) / 4000
         assert (frequency - expected).abs().max() < 0.03
+
+
+# ---- noise of their own, prompts that end, greedy thoughts, a text that goes on
+
+
+def drawn(n_rows, n_tokens, n_ahead, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n_rows, n_tokens, max(0, n_ahead - 2) + 1, generator=generator)
+
+
+def written(steps):
+    """{prompt: [(token, thought)]}"""
+    rows = {}
+    for step in steps:
+        for row, token, thought in zip(step.rows, step.tokens.tolist(), step.thoughts.tolist()):
+            rows.setdefault(row, []).append((token, *thought))
+    return rows
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 9, "top_p": 0.8, "temperature": 1.5}], ids=str)
+@pytest.mark.parametrize("n_ahead", [0, 3, 5])
+def test_with_noise_of_its_own_a_prompt_does_not_depend_on_the_others(make_model, n_ahead,
+                                                                      settings):
+    """Nor on how many tokens are asked for; the same prompt twice gets two texts."""
+    model, prompts, u = make_model(), [*PROMPTS, PROMPTS[0]], drawn(5, 9, n_ahead)
+    together = written(generate(model, prompts, 9, n_ahead, uniforms=u, **settings))
+    assert together[0] != together[4]
+    for row, prompt in enumerate(prompts):
+        alone = written(generate(model, [prompt], 6, n_ahead, uniforms=u[row:row + 1], **settings))
+        assert alone[0] == together[row][:6]
+
+
+def test_text_and_thought_are_drawn_by_numbers_of_their_own(make_model):
+    """The last of a row's numbers moves the token alone, another one its token of the thought."""
+    model, u = make_model(), torch.full((1, 1, 4), 0.5)
+    for k in range(4):
+        v = u.clone()
+        v[..., k] = 0.999
+        (a,), (b,) = (generate(model, PROMPTS[:1], 1, 5, uniforms=x, temperature=5.0)
+                      for x in (u, v))
+        changed = a.thoughts[0] != b.thoughts[0]
+        assert not changed[:k].any()
+        assert k == 3 or changed[k]
+        assert k < 3 or a.tokens != b.tokens
+
+
+@pytest.mark.parametrize("n_ahead", [0, 5])
+def test_prompts_that_ended_leave(make_model, monkeypatch, n_ahead):
+    """Once half have; the others go on as they would have; when all have ended it is over."""
+    model, u, sizes, last = make_model(), drawn(4, 12, n_ahead), [], {2: 2, 0: 3, 3: 4, 1: 8}
+    everything = written(generate(model, PROMPTS, 12, n_ahead, uniforms=u))
+    inner = Decoder.next_logits
+
+    def spy(self, text, n, u):
+        sizes.append(len(text))
+        return inner(self, text, n, u)
+    monkeypatch.setattr(Decoder, "next_logits", spy)
+    ended, rows = set(), {}
+
+    def steps():
+        for i, step in enumerate(generate(model, PROMPTS, 12, n_ahead, uniforms=u, ended=ended)):
+            ended.update(row for row, n in last.items() if n == i + 1)
+            yield step
+    rows = written(steps())
+    assert sizes == [4, 4, 4, 2, 1, 1, 1, 1]
+    assert {row: len(x) for row, x in rows.items()} == {0: 3, 1: 8, 2: 3, 3: 4}
+    assert all(x == everything[row][:len(x)] for row, x in rows.items())
+
+
+def test_prompts_may_have_ended_before_the_start(make_model):
+    model, u = make_model(), drawn(4, 3, 4)
+    rows = written(generate(model, PROMPTS, 3, 4, uniforms=u, ended={0, 3}))
+    assert rows == {row: x for row, x in written(
+        generate(model, PROMPTS, 3, 4, uniforms=u)).items() if row in (1, 2)}
+    assert not list(generate(model, PROMPTS, 3, 4, ended=range(4)))
+
+
+def test_greedy_thoughts_are_the_argmax_of_the_packed_forward(make_model):
+    """Which has no cache; the likeliest ids of all are banned here."""
+    model = make_model(tied=False, banned=BANNED, thought_temperature=2.0)
+    with torch.no_grad():
+        head = model.lm.lm_head.weight
+        head[BANNED[0]] *= 100
+        head[BANNED[1]] = -head[BANNED[0]]
+    prompt = PROMPTS[3]
+    steps = list(generate(model, [prompt], 8, 6, temperature=0, thought_temperature=0))
+    again = generate(model, [prompt], 8, 6, temperature=0, thought_temperature=0,
+                     generator=torch.Generator().manual_seed(5))
+    assert all(torch.equal(a.thoughts, b.thoughts) for a, b in zip(steps, again, strict=True))
+    text = torch.tensor([[*prompt, *(int(s.tokens) for s in steps)]])
+    n, last = len(prompt), text.shape[1] - 1
+    thoughts = torch.zeros(1, 1, last, 4, dtype=torch.long)
+    thoughts[0, 0, n - 1:] = torch.cat([s.thoughts for s in steps])
+    with torch.no_grad():
+        states = model.score(text, torch.zeros_like(text), thoughts)  # one token of lookahead
+    assert states.thought.shape == (1, 1, last, 4, 24)
+    logits = model.lm.logits(states.thought[0, 0, n - 1:])
+    assert torch.isin(logits.argmax(-1), torch.tensor(BANNED)).any()
+    logits[..., BANNED] = -math.inf
+    assert torch.equal(logits.argmax(-1), thoughts[0, 0, n - 1:])
+    mixed = model.lm.logits(states.mixed[0, 0, n - 1:, 0])
+    mixed[..., BANNED] = -math.inf
+    assert torch.equal(mixed.argmax(-1), text[0, n:])
+    torch.testing.assert_close(mixed, torch.cat([s.logits for s in steps]), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("n_ahead", [0, 3, 6])
+def test_a_text_goes_on_without_being_read_again(make_model, monkeypatch, n_ahead):
+    """Three turns over what earlier ones have read are the same as reading all of it each time;
+    also beyond the first cache's length, after a turn cut short, and after one of no token."""
+    monkeypatch.setattr(sampling, "SLOTS", 16)
+    model, text, decoder, read = make_model(), [], None, []
+    inner = Decoder.next_logits
+
+    def spy(self, text, n, u):
+        read.append(text.shape[1])
+        return inner(self, text, n, u)
+    monkeypatch.setattr(Decoder, "next_logits", spy)
+    for turn, (more, n_tokens) in enumerate([(PROMPTS[0], 7), (PROMPTS[1], 0), (PROMPTS[3], 20)]):
+        text, u = text + more, drawn(1, 20, n_ahead, turn)
+        fresh = list(generate(model, [text], n_tokens, n_ahead, uniforms=u))
+        read.clear()
+        decoder = Decoder(model, 1, len(text) + 20, n_ahead, None, decoder)
+        ours = list(decoder.write([text], n_tokens, uniforms=u))
+        for a, b in zip(ours, fresh, strict=True):
+            assert torch.equal(a.tokens, b.tokens)
+            assert torch.equal(a.thoughts, b.thoughts)
+            torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=1e-11)
+        assert read[:1] == [[5], [], [9]][turn]  # the third: the last token, and 1 + 7 new ones
+        text = text + [int(s.tokens) for s in ours]
+
+
+def test_a_cache_larger_than_the_memory_is_refused(make_model, monkeypatch):
+    model = make_model()
+    with pytest.raises(InputError, match=r"keys and values of .* GB of memory: write fewer"):
+        generate(model, PROMPTS, 2**50, 5)
+    size = 2 * 2 * 2 * 6 * 8 * 4 * sampling.SLOTS  # both, layers, heads, width, bytes, prompts
+    monkeypatch.setattr(sampling, "total_memory", lambda device: size)
+    assert len(list(generate(model, PROMPTS, 1, 5))) == 1
+    monkeypatch.setattr(sampling, "total_memory", lambda device: size - 1)
+    with pytest.raises(InputError, match="keys and values"):
+        generate(model, PROMPTS, 1, 5)
