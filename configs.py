@@ -330,6 +330,9 @@ def run_of(resume: str) -> Path:
     folder = Path(resume).parents[1] if Path(resume).parent.name == "state" else Path(resume)
     if not (folder / "config.json").is_file():
         raise InputError(f"there is no run in {folder} to resume (no config.json)")
+    if not (folder / "state").is_dir():  # a model's folder has a config.json, too
+        raise InputError(f"{folder} holds no state to go on from: name the folder of a run that "
+                         "has saved one")
     return folder
 
 

@@ -88,6 +88,9 @@ def check_shares(cfg: Any, ranks: int) -> None:
             raise InputError(f"{ranks} processes cannot share the {n} windows of an update evenly: "
                              f"make {name} a multiple of {ranks}, or start as many processes as "
                              f"divide {n}")
+    if cfg.eval_windows < ranks:
+        raise InputError(f"{ranks} processes cannot share {cfg.eval_windows} val windows: raise "
+                         "eval_windows")
     if cfg.normalize_advantage and ranks > 1:
         raise InputError("normalize_advantage takes each forward by itself, and each process has "
                          "its own: leave it out, or start one process")
@@ -187,7 +190,15 @@ class Run:
         (folder, info), self.state = self.state, None
         at = info["progress"]
         self.log.pretrained = at.pretrained
-        if (at.phase, at.update <= last) != (phase, True):
+        if at.phase != phase:
+            raise InputError(f"{folder} is of phase {at.phase}, and this command begins with "
+                             f"{phase}: leave n_ahead, pretrain_steps and model_path as they were, "
+                             f"or start a new run with --model_path {self.log.folder}")
+        if (began := info.get("first", self.first)) != self.first:  # rates and length hang on it
+            raise InputError(f"{self.cfg.model_path} was of update {began} when this run began, "
+                             f"and is of {self.first} now: put it back, or start a new run with "
+                             f"--model_path {self.log.folder}")
+        if at.update > last:
             raise InputError(f"{folder} is of update {at.update} of {at.phase}: this command ends "
                              f"with update {last} of {phase}, so nothing is left to do")
         load(folder, info, self.model, optimizer)
@@ -258,7 +269,7 @@ class Run:
         self.log.save(at, self.model, optimizer, self.tokenizer, thinking,
                       origin.folder if origin else None,
                       {"data": meta_sum(self.splits), "made_by": self.made_by,
-                       "onednn": cpu.onednn}, background)
+                       "first": self.first, "onednn": cpu.onednn}, background)
 
     def finish(self, at: Progress) -> None:
         """The final evaluation, and where everything is."""
@@ -331,7 +342,11 @@ def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.
         folder = log.folder / "data"
         if not parallel.exchange(bool(state and folder.exists()))[0]:
             n_val = cfg.eval_windows * (cfg.max_length + cfg.n_ahead_talk)
-            parallel.first(corpus.prepare, folder, cfg.fold_tokens, n_val)
+            try:
+                parallel.first(corpus.prepare, folder, cfg.fold_tokens, n_val)
+            except OSError as error:
+                raise parallel.Agreed(f"{folder} cannot be written ({error.strerror or error}): "
+                                      "make room, or choose another --out_dir") from None
         this.splits = open_splits(cfg, folder)
     data = this.splits["train"]
     if state and (meta_sum(this.splits) != state[1]["data"] or (

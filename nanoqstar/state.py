@@ -26,6 +26,7 @@ from nanoqstar import InputError, parallel
 from nanoqstar.files import plain, read_json, sync, write_json
 
 FORMAT = 1
+STEP = "step-{:06d}"  # the name of a state, after the update
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 PIECE = 2**24  # bytes that are written, or summed, at once
@@ -175,13 +176,17 @@ def sound(info: Mapping[str, Any], at: Progress) -> bool:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """What state.json says, its `progress` as Progress; InputError where it is not as written."""
+    """What state.json says, its `progress` as Progress; InputError where it is not as written, or
+    the folder is named after another update, whose state it would be taken for."""
     file = folder / "state.json"
     info = read_json(file)
     if info.pop("sha256", None) != sum_of(info) or info.get("format") != FORMAT:
         raise InputError(f"{file} is damaged, or of another version")
     with suppress(KeyError, TypeError, AttributeError):
         if sound(info, at := Progress(**info["progress"])):
+            if folder.resolve().name != STEP.format(at.step):
+                raise InputError(f"{folder} is {STEP.format(at.step)}, under another name: give it "
+                                 "its own")
             return info | {"progress": at}
     raise InputError(f"{file} is not as this version writes it, or names files that are no state's")
 
@@ -271,7 +276,7 @@ class States:
                       key=lambda x: int(x.name[5:]))
 
     def path(self, progress: Progress) -> Path:
-        return self.folder / f"step-{progress.step:06d}"
+        return self.folder / STEP.format(progress.step)
 
     def scores(self) -> dict[Path, float]:
         """Of the states that were saved at an evaluation."""

@@ -158,6 +158,18 @@ def test_a_damaged_state_does_not_count(states, name, change):
         states.newest(said.append)
 
 
+def test_a_state_under_another_name_does_not_count(states):
+    """A copy named as a later update would be taken for that update's, its tensors included."""
+    saved(states, 2)
+    states.folders()[0].rename(states.folder / "step-000004")
+    saved(states, 3, score=0.1)
+    said = []
+    folder, info = states.newest(said.append)
+    assert folder.name == "step-000003" and info["progress"].update == 3
+    assert len(said) == 1 and "step-000004 is step-000002, under another name" in said[0]
+    assert states.best() == folder
+
+
 @pytest.mark.parametrize("change", [
     {"files": {"../../secret": {"bytes": 1, "sha256": "x"}}}, {"files": 7}, {"progress": {"a": 1}},
     {"progress": None}, {"files": {"rank-00000.safetensors": 5}}, {"adam_step": {"low": "3"}},

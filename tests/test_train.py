@@ -32,7 +32,7 @@ from nanoqstar.dataset import KINDS, PHASES, TokenDataset, stream
 from nanoqstar.device import speed_up
 from nanoqstar.objective import Objective, Valid, quiet_star_loss
 from nanoqstar.quietstar import QuietStar, uniforms
-from nanoqstar.run import Run
+from nanoqstar.run import Run, check_shares
 from nanoqstar.runlog import RunLog, Signals
 from nanoqstar.state import States
 
@@ -486,6 +486,9 @@ def test_a_longer_run_is_the_shorter_one_gone_on_with(straight, tmp_path, capsys
     assert files.read_json(tmp_path / "x" / "config.json")["max_steps"] == 9
     code = script.main(["--resume", str(tmp_path / "x"), "--max_steps", "3"])
     check_refused(capsys, code, "is of update 9 of think: this command ends with update 3")
+    code = script.main(["--resume", str(tmp_path / "x"), "--n_ahead", "0", "--force"])
+    assert code == 2
+    assert "is of phase think, and this command begins with text" in capsys.readouterr().err
 
 
 def test_a_damaged_state_gives_way_to_the_one_before(straight, tmp_path, capsys):
@@ -567,10 +570,44 @@ def test_data_that_changed_underneath_are_refused(straight, tmp_path, capsys):
     assert learned(out) == learned(straight)
 
 
+def test_a_disk_that_is_full_while_data_are_made_is_said(tmp_path, capsys, monkeypatch):
+    def write(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")  # a file's write names no file
+
+    monkeypatch.setattr(fold.Corpus, "prepare", write)
+    check_refused(capsys, start(tmp_path / "x"), f"{tmp_path / 'x' / 'data'} cannot be written (No",
+                  "make room, or choose another --out_dir")
+    assert not (tmp_path / "x").exists()
+
+
+def test_too_few_val_windows_for_the_processes_are_refused_at_once():
+    with pytest.raises(InputError, match="2 processes cannot share 1 val windows"):
+        check_shares(TrainConfig(eval_windows=1, batch_size=2), 2)
+    check_shares(TrainConfig(eval_windows=2, batch_size=2), 2)
+
+
+def test_a_run_whose_first_model_has_learned_more_is_refused(run, tmp_path, capsys):
+    """Its rates, its evaluations and its end would lie at other updates."""
+    shutil.copytree(run[0], model := tmp_path / "model")
+    assert start(tmp_path / "x", model_path=str(model), max_steps=2) == 0
+    file = model / "checkpoint" / "nanoqstar.json"
+    settings = files.read_json(file)
+    files.write_json(file, settings | {"step": settings["step"] + 1})
+    before = learned(tmp_path / "x")
+    code = script.main(["--resume", str(tmp_path / "x"), "--max_steps", "3"])
+    assert code == 2
+    assert f"{model} was of update {settings['step']} when this run" in capsys.readouterr().err
+    assert learned(tmp_path / "x") == before
+    files.write_json(file, settings)
+    assert script.main(["--resume", str(tmp_path / "x"), "--max_steps", "3"]) == 0
+
+
 def test_what_there_is_nothing_to_go_on_from(run, tmp_path, capsys):
     check_refused(capsys, script.main(["--resume", str(tmp_path)]), "there is no run in")
     (tmp_path / "config.json").write_text("{}")
     check_refused(capsys, script.main(["--resume", str(tmp_path)]), "holds no state to go on from")
+    check_refused(capsys, script.main(["--resume", str(run[0] / "checkpoint")]),
+                  "checkpoint holds no state to go on from")
     check_refused(capsys, start(tmp_path, resume="auto"), "already holds a run or other files")
     check_refused(capsys, script.main(["--resume", str(run[0]), "--out_dir", str(tmp_path)]),
                   "--out_dir is for a new run")
