@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nanoqstar.files import read_json, read_small
 
 FORMAT = 1
 SPLITS = ("train", "val")
+BLOCKS, BLOCK = 1024, 4096  # that tell data from others, and their bytes
 KINDS, PHASES = ("windows", "thoughts"), ("pretrain", "think", "text", "eval", "sample")
 
 
@@ -105,6 +107,17 @@ class TokenDataset:
     def _require(self, condition: Any, problem: str) -> None:
         if not condition:
             raise InputError(f"{problem}: {self.mend}")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of meta.json, document starts and tokens; of large ones BLOCKS blocks, evenly spaced."""
+        digest = hashlib.sha256((self.tokenizer_path.parent / "meta.json").read_bytes())
+        for x in (self._starts, self._tokens):
+            raw = x.view(np.uint8)
+            n = min(BLOCKS, -(-len(raw) // BLOCK))
+            for start in np.arange(n) * max(0, len(raw) - BLOCK) // max(1, n - 1):
+                digest.update(raw[start:start + BLOCK])
+        return digest.hexdigest()
 
     def last_start(self, length: int) -> int:
         """Where the last window of `length` tokens starts; InputError where not one fits."""

@@ -268,7 +268,7 @@ class Run:
             thinking = origin.thinking
         self.log.save(at, self.model, optimizer, self.tokenizer, thinking,
                       origin.folder if origin else None,
-                      {"data": meta_sum(self.splits), "made_by": self.made_by,
+                      {"data": data_sum(self.splits), "made_by": self.made_by,
                        "first": self.first, "onednn": cpu.onednn}, background)
 
     def finish(self, at: Progress) -> None:
@@ -296,10 +296,10 @@ class Run:
                 + f", {parallel.size()} processes" * (parallel.size() > 1))
 
 
-def meta_sum(splits: Splits) -> str:
+def data_sum(splits: Splits) -> str:
     """Which data this is."""
-    meta = splits["train"].tokenizer_path.with_name("meta.json")
-    return hashlib.sha256(meta.read_bytes()).hexdigest()
+    prints = "".join(splits[name].fingerprint for name in sorted(splits))
+    return hashlib.sha256(prints.encode()).hexdigest()
 
 
 def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.device,
@@ -349,7 +349,7 @@ def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.
                                       "make room, or choose another --out_dir") from None
         this.splits = open_splits(cfg, folder)
     data = this.splits["train"]
-    if state and (meta_sum(this.splits) != state[1]["data"] or (
+    if state and (data_sum(this.splits) != state[1]["data"] or (
             corpus and data.meta["source"] != {"corpus": "fold", **asdict(corpus)})):
         raise InputError(f"the data in {data.tokenizer_path.parent} are not those of {state[0]}: "
                          "put the data back, or start anew")

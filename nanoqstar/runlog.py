@@ -186,8 +186,11 @@ class RunLog:
         if not self.is_first:
             return
         write_json(self.folder / "config.json", self.config)
-        newer = self.states.folders()
-        self.states.remove(newer[newer.index(state) + 1:])
+        states = self.states.folders()
+        newer = states[states.index(state) + 1:]
+        for folder in newer:
+            self.say(f"removed: {folder}, which is newer than what the run goes on from")
+        self.states.remove(newer)
         if os.path.getsize(self.metrics.name) < info["metrics"]:
             write(f"warning: {self.metrics.name} lacks rows that were in it", sys.stderr)
         else:

@@ -201,7 +201,8 @@ def check_sums(folder: Path, info: Mapping[str, Any]) -> None:
                 digest = hashlib.sha256()
                 while piece := file.read(PIECE):
                     digest.update(piece)
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            # another error may pass, and must not make a run go back to an earlier state
             raise InputError(f"{folder / name} cannot be read ({error.strerror})") from None
         if digest.hexdigest() != expected["sha256"]:
             raise InputError(f"{folder / name} is damaged: it is not as it was written")

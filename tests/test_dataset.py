@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.writer import split_of, write_dataset
-from nanoqstar import InputError
+from nanoqstar import InputError, dataset
 from nanoqstar.dataset import TokenDataset, prefetched, stream
 
 DOCUMENTS = [[5, 6, 7], [8], list(range(10, 30))]
@@ -216,3 +216,23 @@ def test_hash_split_has_the_asked_size():
     assert {text for text in texts if split_of(text, 0.05) == "val"} < val  # more only adds
     assert split_of("é\n", 1e-12) == "train"
     assert split_of("é\n", 1 - 1e-12) == "val"
+
+
+def test_a_fingerprint_is_of_what_a_folder_holds(tmp_path, monkeypatch):
+    """Of small files any byte; of large ones what evenly spaced blocks hold, the last included."""
+    ids = [np.arange(100) % 11 for _ in range(80)]
+    for name in ("a", "b"):
+        write_dataset(tmp_path / name, "{}", 11, None, {"train": ids, "val": [[1, 2]]}, {})
+    of = {name: TokenDataset(tmp_path / name, "train").fingerprint for name in ("a", "b")}
+    assert of["a"] == of["b"]
+    file = tmp_path / "b" / "train.bin"
+    whole = file.read_bytes()
+    for place in (0, 7777, len(whole) - 1):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+        assert TokenDataset(tmp_path / "b", "train").fingerprint != of["a"]
+    monkeypatch.setattr(dataset, "BLOCKS", 3)
+    seen = TokenDataset(tmp_path / "a", "train").fingerprint
+    for place, told in ((0, True), (len(whole) // 2, True), (5000, False),
+                        (len(whole) - 1, True)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+        assert (TokenDataset(tmp_path / "b", "train").fingerprint != seen) == told

@@ -442,6 +442,8 @@ def test_every_state_leads_to_the_same_end(straight, tmp_path, capsys):
         assert script.main(["--resume", str(out / "state" / name)]) == 0
         printed = capsys.readouterr().out
         assert f"goes on from {out / 'state' / name}: " in printed and "warning" not in printed
+        assert [row.split(",")[0] for row in printed.splitlines() if "removed" in row] == [
+            f"removed: {out / 'state' / x}" for x in sorted(names) if x > name]
         assert learned(out) == expected, name
 
 
@@ -491,7 +493,10 @@ def test_a_longer_run_is_the_shorter_one_gone_on_with(straight, tmp_path, capsys
     assert "is of phase think, and this command begins with text" in capsys.readouterr().err
 
 
-def test_a_damaged_state_gives_way_to_the_one_before(straight, tmp_path, capsys):
+def test_a_damaged_state_gives_way_to_the_one_before(straight, tmp_path, capsys, monkeypatch):
+    def failing(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
     shutil.copytree(straight, tmp_path / "x")
     file = tmp_path / "x" / "state" / "step-000012" / "rank-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
@@ -499,6 +504,10 @@ def test_a_damaged_state_gives_way_to_the_one_before(straight, tmp_path, capsys)
     said = capsys.readouterr()
     assert f"warning: {file} is damaged" in said.err and "step-000011: think 6/7" in said.out
     assert learned(tmp_path / "x") == learned(straight)
+    with monkeypatch.context() as patch:  # what may pass is no damage
+        patch.setattr(state, "plain", failing)
+        assert script.main(["--resume", str(tmp_path / "x")]) == 2
+    assert "Input/output error" in capsys.readouterr().err
     for file in (tmp_path / "x" / "state").glob("*/state.json"):
         file.write_text("{}")
     before = sorted((tmp_path / "x").rglob("*"))
@@ -565,6 +574,10 @@ def test_data_that_changed_underneath_are_refused(straight, tmp_path, capsys):
     code = script.main(["--resume", str(straight), "--fold_operands", "3", "--force"])
     assert code == 2 and "are not those of" in capsys.readouterr().err
     assert (out / "metrics.jsonl").read_bytes() == before
+    shutil.copy(straight / "data" / "meta.json", out / "data")
+    tokens = out / "data" / "train.bin"
+    tokens.write_bytes(tokens.read_bytes()[::-1])  # which meta.json does not tell
+    check_refused(capsys, script.main(["--resume", str(out), "--force"]), "are not those of")
     shutil.rmtree(out / "data")  # made again, to the byte
     assert script.main(["--resume", str(out)]) == 0
     assert learned(out) == learned(straight)
