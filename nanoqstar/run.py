@@ -185,7 +185,9 @@ class Run:
                     f"or pretrain_learning_rate; {log.kept}")
             if corpus:
                 corpus.add_answers(report, scores, self.model, final)
-        log.write("eval", at.update, **report.summary)
+        examples = [evaluate.example(scores, self.tokenizer, n, i)
+                    for n, i in (report.examples if cfg.n_ahead else [])]
+        log.write("eval", at.update, **report.summary, examples=examples)
         for line in evaluate.lines(report, scores, self.tokenizer, at.update, final):
             log.say(line)
         start = at.start_nll = base if at.start_nll is None else at.start_nll
