@@ -1,6 +1,6 @@
-"""Every setting of the three scripts, typed and explained, and the presets."""
+"""Every setting of the scripts, typed and explained, and the presets."""
 
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -326,6 +326,21 @@ class SampleConfig:
                                   when=When("thoughts", lambda c: not c.no_thoughts))
     compile: bool = setting(False, "on a GPU: compile first, for a minute or more the first time, "
                             "then write faster")
+    device: Device = setting("auto", AUTO)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    run: str = setting(MISSING, "a run's folder, finished or not", at_least=1)
+    out: str | None = setting(None, "the page to write; none: report.html in the run's folder",
+                              at_least=1)
+    tokens: int = setting(1000, "held-out tokens whose thoughts are shown, a kilobyte or two each",
+                          at_least=1, at_most=100_000)
+    seed: int | None = setting(None, "of the thoughts; none: the run's, as in its evaluations",
+                               at_least=0, below=2**63)
     device: Device = setting("auto", AUTO)
 
     def __post_init__(self) -> None:

@@ -16,9 +16,11 @@ GUARDED = {"pyarrow", "wandb"}  # optional extras, inside functions only
 ORDER = [  # a module imports from those before it
     "cli", "files", "cpu", "parallel", "device", "qwen2", "lora", "thoughts", "attention", "head",
     "objective", "dataset", "quietstar", "sampling", "evaluate", "flops", "hub", "tokenizer",
-    "weights", "hf", "state", "plan", "runlog", "run", "bench", "experiments"]
+    "weights", "hf", "state", "plan", "runlog", "run", "charts", "heatmap", "report",
+    "bench", "experiments"]
 LIGHT = {"nanoqstar", "nanoqstar.cli", "nanoqstar.files"}  # the standard library and each other
-SCRIPTS = ("train.py", "sample.py", "data/prepare.py", "nanoqstar.bench", "nanoqstar.experiments")
+SCRIPTS = ("train.py", "sample.py", "data/prepare.py", "nanoqstar.report", "nanoqstar.bench",
+           "nanoqstar.experiments")
 FILES = [*sorted((ROOT / "nanoqstar").glob("*.py")), *sorted((ROOT / "data").glob("*.py")),
          *(ROOT / name for name in ("train.py", "sample.py", "configs.py"))]
 
