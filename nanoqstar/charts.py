@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 360, 190  # of a chart, about a pixel a unit
-LEFT, RIGHT, TOP, BOTTOM = 42, 10, 12, 26  # margins, for the axes' numbers
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 26  # margins, for the axes' numbers
 MOST_POINTS = 200  # of a line, a point every other pixel
 
 Point = tuple[float, float]
@@ -25,7 +25,8 @@ def clean(text: object, longest: int = 1000) -> str:
 
 
 def signed(x: float, digits: int = 3) -> str:
-    return f"{x:+.{digits}f}".replace("-", "\u2212")  # a minus as wide as the plus
+    said = f"{round(x, digits) + 0.0:+.{digits}f}"  # no -0.00
+    return said.replace("-", "\u2212")  # a minus as wide as the plus
 
 
 def number(x: float) -> str:
@@ -81,10 +82,11 @@ class Axes:
             y = self.y(t)
             body.append(f'<path class="{"axis" if t == 0 else "rule"}" d="M{LEFT} {y:g}H{end}"/>'
                         f'<text class="end" x="{LEFT - 6}" y="{y + 4:g}">{name}</text>')
-        for t, name in x_ticks:
-            if self.x(t) < end - 8 * len(below):  # where the axis's own name stands
-                body.append(f'<text class="mid" x="{self.x(t):g}" y="{bottom + 17}">{name}</text>')
-        body.append(f'<text class="end" x="{end}" y="{bottom + 17}">{below}</text>')
+        if below and x_ticks:  # its name stands before the first number
+            body.append(f'<text class="end" x="{self.x(x_ticks[0][0]) + 4:g}" y="{bottom + 17}">'
+                        f"{below} {x_ticks[0][1]}</text>")
+        body += [f'<text class="mid" x="{self.x(t):g}" y="{bottom + 17}">{name}</text>'
+                 for t, name in x_ticks[bool(below):]]
         return "".join(body)
 
 
@@ -161,7 +163,7 @@ def histogram(title: str, unit: str, values: Sequence[float], n_bins: int = 41) 
     one = 0.15  # height of a single one, which has no logarithm to show
     heights = [math.log10(c) + one if c else 0.0 for c in counts]
     axes, width = Axes([-limit, limit], [0, *heights]), (WIDTH - LEFT - RIGHT) / n_bins
-    body = [axes.drawn(x_ticks=[(t, signed(t, 1)) for t in ticks(-limit, limit, 4)],
+    body = [axes.drawn(x_ticks=[(t, rounded(t)) for t in ticks(-limit, limit, 4)],
                        y_ticks=[(power + one, f"{10**power:,}")
                                 for power in range(int(max(heights)) + 1)])]
     for n, (count, height) in enumerate(zip(counts, heights)):
@@ -179,7 +181,7 @@ def histogram(title: str, unit: str, values: Sequence[float], n_bins: int = 41) 
 def scatter(title: str, unit: str, points: Sequence[Point], middle: Sequence[Point]) -> str:
     """Points by sign, and the line of their means (`middle`)."""
     axes = Axes([0, *(x for x, _ in points)], [y for _, y in points] + [0])
-    body = [axes.drawn("base NLL")]
+    body = [axes.drawn("NLL")]
     reach = min(axes.right, axes.high)
     body.append(f'<path class="bound" d="{axes.path([(0, 0), (reach, reach)])}"/>')
     for kind, chosen in (("gain", [p for p in points if p[1] > 0]),

@@ -3,11 +3,8 @@
 A run as one page to look at, RUN/report.html: held-out text coloured by what thoughts gained on it,
 with the thoughts; how the thoughts before the same prompts changed; what they are worth, by
 difficulty; the curves of training. It holds no script and needs no network, and is made of whatever
-there is: the run may be going on, have ended early, or have no thoughts. The README's picture:
-
-    python -m nanoqstar.report out/tiny
-    chromium --headless --hide-scrollbars --window-size=1280,900 --screenshot=docs/report.png \\
-        "file://$PWD/out/tiny/report.html#t60"
+there is: the run may be going on, have ended early, or have no thoughts. `python docs/figure.py
+page RUN` takes the README's picture of it.
 """
 
 import sys
@@ -145,7 +142,7 @@ def story_section(rows: Sequence[Row]) -> str:
 
 def worth_section(seen: Seen | None, last: Row) -> str:
     """Gain by decile of base NLL, its histogram, and against base NLL."""
-    unit = "nats a token, easy to hard tenth of the tokens"
+    unit = "nats a token, easy to hard"
     if seen is None:
         deciles = last.get("gain_by_decile")
         good = isinstance(deciles, list) and deciles and all(
@@ -164,7 +161,7 @@ def worth_section(seen: Seen | None, last: Row) -> str:
     body = (bars("Gain by decile of base NLL", unit, means,
                  [None if e is None else 2 * e for e in errors])
             + histogram("Gains", "tokens by gain in nats, log scale", gain.tolist())
-            + scatter("Gain against base NLL", "nats a token; dashed: became certain",
+            + scatter("Gain against base NLL", "nats; dashed: certain",
                       list(zip(base[some].tolist(), gain[some].tolist())),
                       [(base[p].mean().item(), m) for p, m in zip(parts, means)]))
     return section("worth", "What they are worth",
@@ -181,26 +178,26 @@ def curves_section(rows: Sequence[Row], thinks: bool) -> str:
     errors = [2 * y for _, y in points(rows, ["eval"], "gain_stderr")]
     gain.spread = errors if len(errors) == len(gain.points) else []
     loss = [of("training", "train", "think text", "nll_base"),
-            of("held-out, without thoughts" if thinks else "held-out", "base", "eval", "nll_base")]
+            of("without thoughts" if thinks else "held-out", "base", "eval", "nll_base")]
 
     def both(path: str) -> list[Line]:
         return [of("training", "train", "think", path), of("held-out", "mixed", "eval", path)]
 
     charts = [lines("NLL", "nats a token", loss + [
-        of("held-out, with", "mixed", "eval", "nll_mixed")] * thinks)]
+        of("with", "mixed", "eval", "nll_mixed")] * thinks)]
     if thinks:
         right = "answers.direct.accuracy_"
         charts += [
-            lines("Direct answers right", "share, of the seven letters", [
+            lines("Direct answers right", "share, of seven letters", [
                 of("without thoughts", "base", "eval", right + "base"),
                 of("with", "mixed", "eval", right + "mixed")]),
             lines("Gain", "nats a token" + ", ± 2 standard errors" * bool(gain.spread), [gain]),
             lines("Gain on the hardest tenth", "nats a token",
                   [of("held-out", "mixed", "eval", "gain_hardest")]),
             lines("Reward", "nats a thought, over its lookahead", both("reward")),
-            lines("Mixing weight", "mean; training: over the lookahead", both("mix")),
+            lines("Mixing weight", "mean, training: of the lookahead", both("mix")),
             lines("Entropy of thoughts", "nats a sampled token", both("entropy")),
-            lines("Distinct thoughts", "share of those of an update or evaluation",
+            lines("Distinct thoughts", "share of an evaluation's",
                   both("distinct"))]
     charts += [lines("Speed", "training tokens a second", [
                    of("training", "train", "think text", "tokens_per_second")]),
