@@ -205,8 +205,8 @@ def photograph(page: Path, picture: Path, size: tuple[int, int] = (1280, 860),
     with tempfile.TemporaryDirectory() as folder:
         frame, (width, height) = Path(folder, "frame.html"), size
         url = html.escape(page.resolve().as_uri() + place)
-        frame.write_text(f'<body style="margin:0"><iframe src="{url}" style="border:0;display:block;'
-                         f'width:{width}px;height:{height}px"></iframe>')
+        frame.write_text(f'<body style="margin:0"><iframe src="{url}" style="display:block;border:0'
+                         f';width:{width}px;height:{height}px"></iframe>')
         subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                         f"--user-data-dir={folder}/profile", f"--screenshot={picture}",
                         f"--window-size={max(500, width)},{height}", frame.as_uri()],

@@ -43,8 +43,9 @@ def rounded(x: float) -> str:
 def ticks(low: float, high: float, n: int) -> list[float]:
     """About n round numbers from low to high."""
     step = 10.0 ** math.floor(math.log10((high - low) / n))
-    step *= next(m for m in (1, 2, 5, 10) if high - low <= n * step * m * (1 + 1e-9))
-    return [round(k * step, 12) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    step *= next(m for m in (1, 2, 5, 10) if high - low <= 1.25 * n * step * m)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
 
 
 class Axes:
@@ -55,7 +56,7 @@ class Axes:
         if self.left == self.right:
             self.left, self.right = self.left - 1, self.right + 1
         room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-        self.low, self.high = low - room * (low != 0), high + room * (high != 0)
+        self.low, self.high = low - room * (low != 0), high + room * (high != 0 or low == 0)
 
     def x(self, value: float) -> float:
         share = (value - self.left) / (self.right - self.left)

@@ -117,10 +117,9 @@ def visible(text: str) -> str:
 
 def following(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
     """The text of ids after those `before`: decoders take spaces off what begins a text."""
-    whole, first = (tokenizer.decode(list(x), skip_special_tokens=False)
-                    for x in ((*before, *ids), before))
-    return whole[len(first):] if whole.startswith(first) else tokenizer.decode(
-        list(ids), skip_special_tokens=False)
+    whole, first, alone = (tokenizer.decode(list(x), skip_special_tokens=False)
+                           for x in ((*before, *ids), before, ids))
+    return (whole.startswith(first) and whole[len(first):]) or alone
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int], most: int = 8) -> list[tuple[int, str]]:
