@@ -84,8 +84,9 @@ class Axes:
             body.append(f'<path class="{"axis" if t == 0 else "rule"}" d="M{LEFT} {y:g}H{end}"/>'
                         f'<text class="end" x="{LEFT - 6}" y="{y + 4:g}">{name}</text>')
         if below and x_ticks:  # its name stands before the first number
-            body.append(f'<text class="end" x="{self.x(x_ticks[0][0]) + 4:g}" y="{bottom + 17}">'
-                        f"{below} {x_ticks[0][1]}</text>")
+            name = f"{below} {x_ticks[0][1]}"
+            x = max(0, self.x(x_ticks[0][0]) + 4 - 6.5 * len(name))
+            body.append(f'<text x="{x:g}" y="{bottom + 17}">{name}</text>')
         body += [f'<text class="mid" x="{self.x(t):g}" y="{bottom + 17}">{name}</text>'
                  for t, name in x_ticks[bool(below):]]
         return "".join(body)

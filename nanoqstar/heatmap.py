@@ -196,7 +196,7 @@ def heat_map(seen: Seen) -> tuple[str, float, float]:
     body, context, last = [], "", None
     for k, (w, known, text, gain) in enumerate(units):
         if w is not last:
-            body.append('</div>\n<div class="win" dir="auto">' if last else '<div class="win">')
+            body.append("</div>\n" * bool(last) + '<div class="win" dir="auto">')
             context, last = "", w
         body.append("<wbr>" if text[:1].isspace() else "")
         if known:

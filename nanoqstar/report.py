@@ -281,20 +281,19 @@ def run(cfg: Any) -> None:
     from configs import restored
 
     folder = Path(cfg.run)
-    rows, why, seen = read_rows(folder), None, None
+    rows, config, seen, why = read_rows(folder), {}, None, None
     out = plain(Path(cfg.out) if cfg.out else folder / "report.html")
     if not out.parent.is_dir():
         raise InputError(f"there is no folder {out.parent} for the page: make it, or choose --out")
-    has_config = (folder / "config.json").exists()
-    config = read_json(folder / "config.json") if has_config else {}
-    if config.get("n_ahead") != 0:
-        try:
+    try:
+        config = read_json(folder / "config.json")
+        if config.get("n_ahead") != 0:
             made = restored(config, folder / "config.json")
             seen = look(folder, made, cfg.tokens, made.seed if cfg.seed is None else cfg.seed,
                         pick_device(cfg.device))
-        except InputError as error:
-            why = str(error)
-            print(f"{LACKING}: {why}", file=sys.stderr)
+    except InputError as error:
+        why = str(error)
+        print(f"{LACKING}: {why}", file=sys.stderr)
     html = page(folder, rows, config, seen, why).encode("utf-8", "replace")
     write_whole(out, html)
     shown = f", {sum(sum(w.valid) for w in seen.windows):,} tokens thought about" if seen else ""
