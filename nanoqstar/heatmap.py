@@ -158,22 +158,25 @@ def candidates(tokenizer: Tokenizer, title: str, before: int,
         f"<span>{percent(p)}</span></span>" for token, p in found) + "</span>"
 
 
-def details(seen: Seen, window: Window, i: int, context: str) -> str:
-    """What the thoughts at position i did to the token after it."""
+def details(seen: Seen, window: Window, i: int, context: str, first: bool) -> str:
+    """What the thoughts at position i did to the token after it; less of it, where that is not the
+    first token of a character."""
     base, mixed = window.base_lp[i].item(), window.mixed_lp[:, i]
     before, words = window.ids[i], seen.tokenizer
     rows = "".join(
-        f"<b>{visible(following(words, [before], thought[i]))}</b><span>{signed(g, 2)}</span>"
-        f"<span>{signed(r, 2)}</span><span>{signed(w, 2)}</span>"
+        f"<b>{visible(following(words, [before], thought[i]))}</b><span>{signed(g)}</span>"
+        f"<span>{signed(r)}</span><span>{signed(w, 2)}</span>"
         for thought, g, r, w in zip(window.thoughts, (mixed - base).tolist(),
                                     window.reward[:, i].tolist(), window.mix[:, i].tolist()))
-    return (f'<span class="w"><i>{visible(context[-24:])}</i> '
-            f"<b>{named(words, before, window.ids[i + 1])}</b> <span>{percent(math.exp(base))} → "
-            f"{percent(mixed.exp().mean().item())}</span></span>"
-            f'<span class="r"><span class="q">thought</span><span class="q">gain</span>'
-            f'<span class="q">reward</span><span class="q">weight</span>{rows}</span>'
-            f'<span class="l">{candidates(words, "without", before, window.without[i])}'
-            f"{candidates(words, 'with thoughts', before, window.having[i])}</span>")
+    head = "".join(f'<span class="q">{name}</span>' for name in (
+        "thought", "gain", "reward", "weight"))
+    likely = (candidates(words, "without", before, window.without[i])
+              + candidates(words, "with thoughts", before, window.having[i]))
+    return (f'<span class="w"><span>{f"<i>{visible(context[-24:])}</i> " * first}'
+            f"<b>{named(words, before, window.ids[i + 1])}</b></span> "
+            f"<span>{percent(math.exp(base))} → {percent(mixed.exp().mean().item())}</span></span>"
+            f'<span class="r">{head * first}{rows}</span>'
+            + f'<span class="l">{likely}</span>' * first)
 
 
 def shade(gain: float, low: float, high: float) -> float:
@@ -199,15 +202,15 @@ def heat_map(seen: Seen) -> tuple[str, float, float]:
             body.append("</div>\n" * bool(last) + '<div class="win" dir="auto">')
             context, last = "", w
         body.append("<wbr>" if text[:1].isspace() else "")
+        written = visible(text).replace("↵</i>", "↵</i><br>")
         if known:
             depth = shade(gain, low, high)
             colour = f' style="--a:{depth:.2f}"' if depth >= 0.005 else ""
-            tips = "".join(details(seen, w, i, context) for i in known)
+            tips = "".join(details(seen, w, i, context, i == known[0]) for i in known)
             body.append(f'<span class="t {"g" if gain > 0 else "y"}"{colour} id="t{k}" '
-                        f'tabindex="0" aria-describedby="d{k}">{visible(text)}<span class="d" '
+                        f'tabindex="0" aria-describedby="d{k}">{written}<span class="d" '
                         f'id="d{k}" role="tooltip">{tips}</span></span>')
         else:
-            body.append(f'<span class="n">{visible(text)}</span>')
-        body.append("<br>" * min(2, text.count("\n")))
+            body.append(f'<span class="n">{written}</span>')
         context += text
     return "".join(body) + "</div>", low, high

@@ -39,7 +39,7 @@ from nanoqstar.charts import Line, bars, clean, histogram, lines, scatter, signe
 from nanoqstar.device import pick_device
 from nanoqstar.evaluate import standard_error
 from nanoqstar.files import plain, read_json, read_small, write_whole
-from nanoqstar.heatmap import Seen, heat_map, look, percent, visible
+from nanoqstar.heatmap import HALF, Seen, heat_map, look, percent, visible
 
 Row = dict[str, Any]  # of metrics.jsonl
 MOST_ROWS = 12  # evaluations shown of a prompt's story
@@ -90,15 +90,17 @@ def section(name: str, title: str, lead: str, body: str) -> str:
 def heat_section(seen: Seen) -> str:
     page, low, high = heat_map(seen)
     n = sum(sum(w.valid) for w in seen.windows)
+    half = f" {HALF} and a number is a part of a character, by its id." * (HALF in page)
     steps = "".join(
         f'<span class="t {kind}" style="--a:{depth}">{name}</span>' for kind, depth, name in (
-            ("y", 1, signed(-high, 2)), ("y", 0.5, ""), ("y", 0, f"±{low:.2g}"), ("g", 0.5, ""),
-            ("g", 1, signed(high, 2))))
+            ("y", 1, f"−{high:.2g}"), ("y", 0.5, ""), ("y", 0, f"±{low:.2g}"), ("g", 0.5, ""),
+            ("g", 1, f"+{high:.2g}")))
     key = f"""<aside class="card legend" aria-label="Legend"><b>Gain, nats a token</b>
-<div class="scale" role="img" aria-label="from yellow, {high:.2f} lost, over none to green">{steps}
-</div><p><span class="t g" style="--a:1">Green</span> tokens became likelier by the thought before
-them, <span class="t y" style="--a:1">yellow</span> ones less likely. No colour up to the median
-|gain|, full colour from the 95th percentile. · is a space, ↵ the end of a line.</p>
+<div class="scale" role="img" aria-label="yellow, {high:.2g} lost, to green, as much gained">
+{steps}</div>
+<p><span class="t g" style="--a:1">Green</span> tokens became likelier by the thought before them,
+<span class="t y" style="--a:1">yellow</span> ones less likely. No colour up to the median |gain|,
+full colour from the 95th percentile. · is a space, ↵ the end of a line.{half}</p>
 <p class="hint">Point at a token, tap it, or go through them with Tab: its thoughts of all passes,
 what each gained on this token and over its lookahead (reward), its mixing weight, and the likeliest
 tokens without thoughts and with them.</p></aside>"""
@@ -226,11 +228,12 @@ def verdict(rows: Sequence[Row], thinks: bool) -> str:
         return (f"No thoughts (n_ahead 0): plain training of the base. Its held-out NLL is "
                 f"<b>{base:.3f}</b> at update {last['step']}.")
     error = value(last, "gain_stderr")
-    spread = "" if error is None else f" ± {2 * error:.3f}"
+    digits = 3 if abs(gain) >= 0.01 else 5
+    spread = "" if error is None else f" ± {2 * error:.{digits}f}"
     doubt = ", not to be told from none" if error is not None and abs(gain) <= 2 * error else ""
     return (f"At update {last['step']}, a thought before every token takes held-out NLL from "
-            f"<b>{base:.3f}</b> to <b>{mixed:.3f}</b>: a gain of <b>{signed(gain)}{spread}</b> "
-            f"nats a token{doubt}.")
+            f"<b>{base:.3f}</b> to <b>{mixed:.3f}</b>: a gain of <b>{signed(gain, digits)}{spread}"
+            f"</b> nats a token{doubt}.")
 
 
 def state(rows: Sequence[Row], config: dict[str, Any]) -> str:

@@ -152,7 +152,7 @@ def test_colours_and_details_by_hand(byte_level):
     assert page.count('tabindex="0"') == page.count('role="tooltip"') == 4
     first = page[page.index('id="d1"'):page.index('id="t2"')]
     assert "14% → 15%" in first  # exp(-2), and the mean of exp(-1.85) and exp(-1.95)
-    assert first.count("+0.15") == 1 and first.count("+0.05") == 1 and first.count("+0.50") == 2
+    assert first.count("+0.150") == 1 and first.count("+0.050") == 1 and first.count("+0.50") == 2
 
 
 def test_positions_that_look_across_documents_have_no_thought(thought_about):

@@ -21,7 +21,7 @@ from nanoqstar.qwen2 import Qwen2, Qwen2Config
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'`&\u202e"
 TEXT = ("The cat <script>alert(1)</script> sat on a mat & ate 3 € of fish 🙂.\n\n\tThen it "
-        "slept, \"well\", for as long as cats do: " + "very_long_name_without_a_space" * 4 + " é ü 中文.\n")
+        "slept, \"well\", as cats do: " + "very_long_name_without_a_space" * 4 + " é ü 中文.\n")
 
 
 def evaluation(step, gain, thought, target="c"):
@@ -150,6 +150,7 @@ def test_every_figure_has_its_place(run):
     assert 190 <= n <= 200
     assert page.count('role="tooltip"') == len(re.findall(r'id="d\d+"', page)) <= n
     assert page.count('class="w"') == n  # of tokens that make a character together, one each
+    assert re.search(r"<i>↵</i><br>(<i>↵</i><br><i>→</i>)?", page)  # where a line ends
     assert "🙂" in re.findall(r'aria-describedby="d\d+">(?:<i>·</i>)?(.)', page)
 
 
