@@ -185,7 +185,8 @@ def scatter(title: str, unit: str, points: Sequence[Point], middle: Sequence[Poi
     axes = Axes([0, *(x for x, _ in points)], [y for _, y in points] + [0])
     body = [axes.drawn("NLL")]
     reach = min(axes.right, axes.high)
-    body.append(f'<path class="bound" d="{axes.path([(0, 0), (reach, reach)])}"/>')
+    if reach > 0.1 * axes.right:
+        body.append(f'<path class="bound" d="{axes.path([(0, 0), (reach, reach)])}"/>')
     for kind, chosen in (("gain", [p for p in points if p[1] > 0]),
                          ("loss", [p for p in points if p[1] <= 0])):
         dots = "".join(f"M{axes.x(x):g} {axes.y(y):g}h0" for x, y in chosen)

@@ -137,8 +137,9 @@ def story_section(rows: Sequence[Row]) -> str:
                      f"<tbody>{''.join(body)}</tbody></table></div>\n")
     return section(
         "story", "How its thoughts changed",
-        "The same prompts at every evaluation: the thought before the next token, and that token's "
-        "probability without the thought (the mark) and with it (the bar).",
+        "The same prompts at every evaluation: the thought before the next token, bold where it is "
+        "another one than before, and that token's probability without the thought (the mark) and "
+        "with it (the bar).",
         f'<div class="cards wide">{"".join(cards)}</div>' if cards else "")
 
 

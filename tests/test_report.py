@@ -16,6 +16,7 @@ from configs import TrainConfig
 from data import prepare
 from data.writer import write_dataset
 from nanoqstar import hf, report
+from nanoqstar.heatmap import look
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 
@@ -181,6 +182,22 @@ def test_it_is_deterministic_and_follows_the_seed(copy, capsys):
     assert pages[0] == before != pages[1]
     size = (copy / "4.html").stat().st_size
     assert f"{copy / '4.html'}: {size / 1e3:,.0f} kB, " in capsys.readouterr().out
+
+
+def test_the_thoughts_shown_are_those_of_the_evaluation(run):
+    """Of as many windows as asked for, evenly over the evaluation's, whole or their beginnings."""
+    made = TrainConfig(**json.loads((run / "config.json").read_text()))
+    seen = look(run, made, 130, 5, torch.device("cpu"))
+    places = [0, 2, 4]  # three of six
+    assert len(seen.windows) == 3 and seen.step == 40 and len(seen.scores.text) == 6
+    for window, i in zip(seen.windows, places):
+        assert window.ids == seen.scores.text[i, :41].tolist()
+        assert window.thoughts[0] == seen.scores.thoughts[i].tolist()
+        for ours, theirs in ((window.base_lp, seen.scores.base_lp[i]),
+                             (window.mixed_lp[0], seen.scores.mixed_lp[i])):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    short = look(run, made, 7, 5, torch.device("cpu")).windows
+    assert [w.ids for w in short] == [seen.windows[0].ids[:8]]
 
 
 # ---- what it does without
