@@ -195,7 +195,7 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 
 # ---- the report's page
 
-def photograph(page: Path, picture: Path, size: tuple[int, int] = (1280, 860),
+def photograph(page: Path, picture: Path, size: tuple[int, int] = (1280, 900),
                place: str = "") -> None:
     """What Chromium shows of a page at an id's place; in a frame, since its own window is never
     narrower than 500 pixels and is drawn from the top."""
