@@ -345,6 +345,8 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.out is not None and not self.out.endswith(".html"):  # no file of the run
+            raise InputError(f"--out: {self.out!r} is no name of a page: end it in .html")
 
 
 @dataclass(frozen=True, kw_only=True)

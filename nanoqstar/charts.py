@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 360, 190  # of a chart, about a pixel a unit
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 26  # margins, for the axes' numbers
+LEFT, RIGHT, TOP, BOTTOM = 56, 10, 12, 26  # margins, for the axes' numbers
 MOST_POINTS = 200  # of a line, a point every other pixel
 
 Point = tuple[float, float]
@@ -36,8 +36,9 @@ def number(x: float) -> str:
 
 
 def rounded(x: float) -> str:
-    """A round number."""
-    return f"{x:,g}".replace("-", "\u2212")
+    """A round number, short enough for an axis."""
+    size, unit = next(((s, u) for s, u in ((1e6, "M"), (1e3, "k")) if abs(x) >= 10 * s), (1, ""))
+    return f"{x / size:,g}{unit}".replace("-", "\u2212")
 
 
 def ticks(low: float, high: float, n: int) -> list[float]:
@@ -87,8 +88,9 @@ class Axes:
             name = f"{below} {x_ticks[0][1]}"
             x = max(0, self.x(x_ticks[0][0]) + 4 - 6.5 * len(name))
             body.append(f'<text x="{x:g}" y="{bottom + 17}">{name}</text>')
-        body += [f'<text class="mid" x="{self.x(t):g}" y="{bottom + 17}">{name}</text>'
-                 for t, name in x_ticks[bool(below):]]
+        for t, name in x_ticks[bool(below):]:
+            x = min(self.x(t), WIDTH - 3.6 * len(name))
+            body.append(f'<text class="mid" x="{x:g}" y="{bottom + 17}">{name}</text>')
         return "".join(body)
 
 

@@ -215,7 +215,7 @@ def curves_section(rows: Sequence[Row], thinks: bool) -> str:
 def settings_section(config: dict[str, Any]) -> str:
     rows = "".join(f"<tr><th>{clean(k)}</th><td>"
                    f"{clean(json.dumps(v, ensure_ascii=False), 300)}</td></tr>"
-                   for k, v in config.items())
+                   for k, v in config.items() if k not in ("out_dir", "resume", "force", "plan"))
     return f"<details><summary>Settings</summary><table>{rows}</table></details>" if rows else ""
 
 

@@ -18,6 +18,7 @@ from nanoqstar.charts import (
     clean,
     histogram,
     lines,
+    rounded,
     scatter,
     signed,
     ticks,
@@ -42,6 +43,11 @@ def test_signs(x, said):
     (998, 1002, [998, 999, 1000, 1001, 1002])])
 def test_ticks_are_round_and_inside(low, high, expected):
     assert ticks(low, high, 4) == pytest.approx(expected, rel=1e-9, abs=0)
+
+
+def test_numbers_of_an_axis_are_short():
+    assert [rounded(x) for x in (0, -0.02, 1400, 20000, 1.5e8)] == [
+        "0", "−0.02", "1,400", "20k", "150M"]
 
 
 def test_axes_end_at_the_margins():

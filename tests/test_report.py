@@ -35,11 +35,11 @@ def evaluation(step, gain, thought, target="c"):
 
 def update(step, kind="think"):
     return {"kind": kind, "step": step, "nll_base": 1.3, "reward": 0.1, "mix": 0.2, "entropy": 1.0,
-            "distinct": 0.5, "tokens_per_second": 1234.5, "seconds": 0.1}
+            "distinct": 0.5, "seconds": 0.1, "tokens_per_second": 1e6 + step * 31250.5}
 
 
-ROWS = [update(10, "pretrain"), evaluation(0, 0.0, "fedd"), *map(update, (10, 20)),
-        evaluation(20, 0.4, EVIL), *map(update, (30, 40)), evaluation(40, 0.375, "fedc"),
+ROWS = [*(update(n, "pretrain") for n in range(0, 10**6 + 1, 10**5)),
+        evaluation(0, 0.0, "fedd"), *map(update, (10, 20)), evaluation(20, 0.4, EVIL), *map(update, (30, 40)), evaluation(40, 0.375, "fedc"),
         {"kind": "end", "step": 40, "seconds": 12.0}]
 
 
@@ -214,7 +214,7 @@ def made(folder, capsys, *args):
 def test_a_run_that_is_going_on(copy, capsys):
     """Half a row is being written, nothing is saved yet, and there was one evaluation."""
     shutil.rmtree(copy / "checkpoint")
-    write_rows(copy, ROWS[:4])
+    write_rows(copy, ROWS[10:14])
     with open(copy / "metrics.jsonl", "a") as file:
         file.write('{"kind": "think", "st')
     said, err = made(copy, capsys)
@@ -225,7 +225,7 @@ def test_a_run_that_is_going_on(copy, capsys):
 
 def test_a_run_in_pre_training(copy, capsys):
     shutil.rmtree(copy / "checkpoint")
-    write_rows(copy, ROWS[:1])
+    write_rows(copy, [ROWS[0], update(10, "pretrain")])
     said, _ = made(copy, capsys)
     assert "at update 10 of pre-training of 600 and without an end" in said
     assert "Nothing has been evaluated yet" in said and "NLL of pre-training" in said
@@ -282,10 +282,12 @@ def test_rows_of_anything(copy, capsys, row):
 
 
 def test_wrong_input_is_one_sentence(copy, capsys):
+    (copy / "folder.html").mkdir()
     for args, sentence in (
             ([str(copy / "data")], "holds no metrics.jsonl: give the folder of a run"),
             ([str(copy), "--out", str(copy / "no" / "x.html")], "there is no folder"),
-            ([str(copy), "--out", str(copy / "data")], "is not a plain file"),
+            ([str(copy), "--out", str(copy / "config.json")], "is no name of a page"),
+            ([str(copy), "--out", str(copy / "folder.html")], "is not a plain file"),
             ([], "run must be given"), ([str(copy), "--tokens", "0"], "must be at least 1")):
         assert report.main(args) == 2
         said = capsys.readouterr().err
