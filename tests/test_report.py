@@ -39,8 +39,9 @@ def update(step, kind="think"):
 
 
 ROWS = [*(update(n, "pretrain") for n in range(0, 10**6 + 1, 10**5)),
-        evaluation(0, 0.0, "fedd"), *map(update, (10, 20)), evaluation(20, 0.4, EVIL), *map(update, (30, 40)), evaluation(40, 0.375, "fedc"),
-        {"kind": "end", "step": 40, "seconds": 12.0}]
+        evaluation(0, 0.0, "fedd"), *map(update, (10, 20)),
+        evaluation(20, 0.4, EVIL), *map(update, (30, 40)),
+        evaluation(40, 0.375, "fedc"), {"kind": "end", "step": 40, "seconds": 12.0}]
 
 
 def write_rows(folder, rows):
