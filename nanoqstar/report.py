@@ -272,7 +272,7 @@ def page(folder: Path, rows: Sequence[Row], config: dict[str, Any], seen: Seen |
  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <link rel="icon" href="data:,"><style>
 {style}</style></head><body>
-<header><h1>{name}</h1><p class="state">A Quiet-STaR run, {clean(state(rows, config))}</p>
+<header><h1>{name}</h1><p class="state">A nanoqstar run, {clean(state(rows, config))}</p>
 <p class="verdict">{verdict(rows, thinks)}</p>{lacking}<nav aria-label="Sections">{links}</nav>
 </header><main>
 {"".join(parts)}{settings_section(config)}</main><footer>Made by nanoqstar.report; no script, no
