@@ -349,7 +349,8 @@ def look_at(page, tmp_path, *options):
     frames = "".join(f'<iframe id="w{width}" srcdoc="{html.escape(page)}" style="width:{width}px;'
                      f'height:{height}px"></iframe>' for width, height in ((390, 844), (1440, 900)))
     (tmp_path / "frames.html").write_text(
-        f"<!doctype html><body>{frames}<script>onload = () => {{{MEASURE}}}</script>")
+        f'<!doctype html><meta charset="utf-8"><body>{frames}'
+        f"<script>onload = () => {{{MEASURE}}}</script>", encoding="utf-8")
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1600,1000",
          f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", *options,
