@@ -1,4 +1,4 @@
-"""Every setting of the three scripts, typed and explained, and the presets."""
+"""Every setting of the scripts, typed and explained, and the presets."""
 
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
@@ -488,6 +488,23 @@ class EvaluateConfig:
                              "without --n_ahead) nor n_ahead_talk=.. (1 or more)")
         given = {} if self.n_ahead is None else {"n_ahead": self.n_ahead}
         return [given | {name: x} for x in values]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    run: str = setting(MISSING, "a run's folder, finished or not", at_least=1)
+    out: str | None = setting(None, "the page to write; none: report.html in the run's folder",
+                              at_least=1)
+    tokens: int = setting(1000, "held-out tokens whose thoughts are shown, a kilobyte or two each",
+                          at_least=1, at_most=100_000)
+    seed: int | None = setting(None, "of the thoughts; none: the run's, as in its evaluations",
+                               at_least=0, below=2**63)
+    device: Device = setting("auto", AUTO)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.out is not None and not self.out.endswith(".html"):  # no file of the run
+            raise InputError(f"--out: {self.out!r} is no name of a page: end it in .html")
 
 
 @dataclass(frozen=True, kw_only=True)

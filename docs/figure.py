@@ -1,11 +1,17 @@
-"""python docs/figure.py mask | curve RUN: draws the README's two figures.
+"""python docs/figure.py mask | curve RUN | page RUN: draws the README's three figures.
 
 mask       docs/mask.svg, from the mask that training uses (`nanoqstar.thoughts`)
 curve RUN  docs/demo.svg, from the evaluations in RUN/metrics.jsonl
+page RUN   docs/report.png, what Chromium shows of RUN/report.html (python -m nanoqstar.report RUN)
 """
 
+import html
 import json
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +193,35 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
                          "python train.py") from None
 
 
+# ---- the report's page
+
+def photograph(page: Path, picture: Path, size: tuple[int, int] = (1280, 900),
+               place: str = "") -> None:
+    """What Chromium shows of a page at an id's place; in a frame, since its own window is never
+    narrower than 500 pixels and is drawn from the top."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        raise InputError("there is no chromium to look at the page with: install it")
+    with tempfile.TemporaryDirectory() as folder:
+        frame, (width, height) = Path(folder, "frame.html"), size
+        url = html.escape(page.resolve().as_uri() + place)
+        frame.write_text(f'<body style="margin:0"><iframe src="{url}" style="display:block;border:0'
+                         f';width:{width}px;height:{height}px"></iframe>')
+        subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                        f"--user-data-dir={folder}/profile", f"--screenshot={picture}",
+                        f"--window-size={max(500, width)},{height}", frame.as_uri()],
+                       check=True, capture_output=True, timeout=120)
+
+
+def page_png(run: Path) -> None:
+    """The report with what one token's thoughts did: the first whose colour is full."""
+    page = run / "report.html"
+    if not page.is_file():
+        raise InputError(f"{page} is missing: python -m nanoqstar.report {run}")
+    token = re.search(r'class="t g" style="--a:1.00" id="(t\d+)"', page.read_text(encoding="utf-8"))
+    photograph(page, HERE / "report.png", place=f"#{token[1]}" if token else "")
+
+
 def main(args: list[str]) -> int:
     try:
         if args == ["mask"]:
@@ -194,6 +229,8 @@ def main(args: list[str]) -> int:
         elif len(args) == 2 and args[0] == "curve":
             drawn = curve_svg(evaluations(Path(args[1])))
             (HERE / "demo.svg").write_text(drawn, encoding="utf-8")
+        elif len(args) == 2 and args[0] == "page":
+            page_png(Path(args[1]))
         else:
             raise InputError(f"say what to draw\n\n{__doc__}")
     except InputError as error:

@@ -183,15 +183,23 @@ def line(step: int, summary: dict[str, Any], thinks: bool) -> str:
     return said
 
 
-def shown(scores: TextScores, tokenizer: Tokenizer, n: int, i: int) -> str:
-    """The thought at position i of window n, and what it did to the next token's probability."""
+def example(scores: TextScores, tokenizer: Tokenizer, n: int, i: int) -> dict[str, Any]:
+    """The thought at position i of window n, the text before it (up to 16 tokens), the token after
+    it, and that token's probability without the thought and with it."""
     context, thought, target = (
         tokenizer.decode(ids.tolist(), skip_special_tokens=False)
         for ids in (scores.text[n, max(0, i - 15):i + 1], scores.thoughts[n, i],
                     scores.text[n, i + 1:i + 2]))
-    base, mixed = scores.base_lp[n, i].exp(), scores.mixed_lp[n, i].exp()
-    return (f"  {context[-24:]!r:>28} thinks {thought!r}, then {target!r}: p {base:.2f} -> "
-            f"{mixed:.2f}")
+    return {"context": context, "thought": thought, "target": target,
+            "p_base": scores.base_lp[n, i].exp().item(),
+            "p_mixed": scores.mixed_lp[n, i].exp().item()}
+
+
+def shown(scores: TextScores, tokenizer: Tokenizer, n: int, i: int) -> str:
+    """The thought at position i of window n, and what it did to the next token's probability."""
+    e = example(scores, tokenizer, n, i)
+    return (f"  {e['context'][-24:]!r:>28} thinks {e['thought']!r}, then {e['target']!r}: p "
+            f"{e['p_base']:.2f} -> {e['p_mixed']:.2f}")
 
 
 @dataclass

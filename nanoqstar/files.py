@@ -63,12 +63,17 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
+    """`write_whole` of a JSON file."""
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_whole(path: str | os.PathLike, data: bytes) -> None:
     """Replaces `path` in one step: whoever reads it sees the old file or the new one, whole.
     InputError where it is no file: a folder, or a device, which would be a file from then on."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path} is no file: choose another name")
     fresh = Path(f"{path}.new")
-    fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    fresh.write_bytes(data)
     sync(fresh)
     os.replace(fresh, path)
     sync(Path(path).parent)

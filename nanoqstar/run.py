@@ -236,7 +236,9 @@ class Run:
                                         batch_size=cfg.batch_size, end_ids=self.end_ids)
                 report.summary[q.name] = found
                 report.said += tasks.line(q.name, found)
-        log.write("eval", at.update, **report.summary)
+        examples = [evaluate.example(scores, self.tokenizer, n, i)
+                    for n, i in (report.examples if cfg.n_ahead else [])]
+        log.write("eval", at.update, **report.summary, examples=examples)
         for line in evaluate.lines(report, scores, self.tokenizer, at.update, final):
             log.say(line)
         start = at.start_nll = base if at.start_nll is None else at.start_nll

@@ -12,6 +12,7 @@ from nanoqstar import InputError
 from nanoqstar.attention import dense
 from nanoqstar.evaluate import (
     TextScores,
+    example,
     line,
     score_text,
     shown,
@@ -335,3 +336,6 @@ def test_a_thought_is_shown_with_what_it_did():
     scores.thoughts[1, 20] = torch.tensor([3, 4])
     assert shown(scores, Letters(), 1, 20).strip() == (
         "'fghijklmnopqrstu' thinks 'de', then 'v': p 0.25 -> 0.75")
+    assert example(scores, Letters(), 1, 20) == {
+        "context": "fghijklmnopqrstu", "thought": "de", "target": "v",
+        "p_base": pytest.approx(0.25), "p_mixed": pytest.approx(0.75)}

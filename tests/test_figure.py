@@ -76,6 +76,23 @@ def test_a_run_without_a_curve_is_one_sentence(tmp_path, monkeypatch, capsys, me
     assert not (tmp_path / "demo.svg").exists()
 
 
+def test_the_page_is_photographed_at_its_first_full_colour(tmp_path, monkeypatch, capsys):
+    taken = []
+    monkeypatch.setattr(figure, "photograph", lambda *args, **place: taken.append((args, place)))
+    assert figure.main(["page", str(tmp_path)]) == 2
+    assert f"report.html is missing: python -m nanoqstar.report {tmp_path}" in (
+        capsys.readouterr().err)
+    (tmp_path / "report.html").write_text(
+        '<i class="t y" style="--a:1.00" id="t3"></i><i class="t g" style="--a:1.00" id="t7"></i>')
+    assert figure.main(["page", str(tmp_path)]) == 0
+    assert taken == [((tmp_path / "report.html", ROOT / "docs" / "report.png"), {"place": "#t7"})]
+
+
+def test_the_picture_is_small_enough_to_show():
+    picture = (ROOT / "docs" / "report.png").read_bytes()
+    assert picture[:4] == b"\x89PNG" and len(picture) < 300_000
+
+
 def test_curve_and_table_of_the_readme_are_of_one_run():
     base, mixed = re.search(r"direct answers right.*?\(.*?\) +([\d.]+)% +([\d.]+)%",
                             (ROOT / "README.md").read_text(encoding="utf-8")).groups()

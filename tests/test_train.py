@@ -156,6 +156,9 @@ def test_a_run_leaves_what_it_promises(run):
     assert evaluation.keys() >= {
         "nll_base", "nll_mixed", "gain", "gain_hardest", "gain_by_decile", "gain_stderr", "reward",
         "mix", "entropy", "distinct", "answers", "greedy"}
+    stories = [[(e["context"], e["target"]) for e in r["examples"]] for r in rows(out, "eval")]
+    assert len(stories[0]) >= 1 and stories == [stories[0]] * 3  # the same prompts every time
+    assert all(context[-1] == "=" for context, _ in stories[0])  # before direct answers
     assert len(evaluation["gain_by_decile"]) == 10
     assert math.isclose(evaluation["gain"], evaluation["nll_base"] - evaluation["nll_mixed"],
                         abs_tol=1e-5)
