@@ -116,7 +116,7 @@ class TokenDataset:
             raw = x.view(np.uint8)
             n = min(BLOCKS, -(-len(raw) // BLOCK))
             for start in np.arange(n) * max(0, len(raw) - BLOCK) // max(1, n - 1):
-                digest.update(raw[start:start + BLOCK])
+                digest.update(raw[start:start + BLOCK].tobytes())
         return digest.hexdigest()
 
     def last_start(self, length: int) -> int:
