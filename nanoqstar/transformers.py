@@ -55,7 +55,8 @@ def thinker(model: Any, folder: str | None = None) -> tuple[QuietStar, Thinking]
     config, thinking, banned, tensors = read_added(
         found, stamp(found), torch.promote_types(x.dtype, torch.float32))
     with torch.device("meta"):
-        ours = QuietStar(Qwen2(config), thinking.thought_temperature)
+        ours = QuietStar(Qwen2(config), thinking.thought_temperature,
+                         reread=thinking.delimiters == "reread")
     wanted = ours.lm.state_dict()
     wrong = [name for name, p in wanted.items() if name not in given or given[name].shape != p.shape
              or (given[name].dtype, given[name].device) != (x.dtype, x.device)]

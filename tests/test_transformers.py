@@ -18,12 +18,12 @@ def words(n):
     return Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
 
 
-@pytest.fixture(params=["tied", "untied", "mistral"])
+@pytest.fixture(params=["tied", "untied", "mistral", "reread"])
 def taught(request, make_model, tmp_path):
     """A float64 model in a folder, its ids from 59 on without a word, and as transformers has it:
     (ours, theirs)."""
     return load(make_model, tmp_path, tied=request.param == "tied",
-                attention_bias=request.param != "mistral")
+                attention_bias=request.param != "mistral", reread=request.param == "reread")
 
 
 @pytest.fixture
@@ -33,8 +33,9 @@ def tied_pair(make_model, tmp_path):
 
 def load(make_model, tmp_path, **sizes):
     model = make_model(banned=(59, 60), thought_temperature=0.7, **sizes)
-    hf.save(tmp_path / "model", model, words(59), thinking=hf.Thinking(6, 2, 0.7), step=1,
-            config={}, source=None)
+    thinking = hf.Thinking(6, 2, 0.7, "reread" if model.reread else "learned")
+    hf.save(tmp_path / "model", model, words(59), thinking=thinking, step=1, config={},
+            source=None)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model",
                                                                dtype=torch.float64)
     theirs.generation_config.eos_token_id = None
@@ -119,7 +120,7 @@ def test_no_weight_is_copied_and_nothing_is_changed(taught):
     _, theirs = taught
     before = {name: x.clone() for name, x in theirs.state_dict().items()}
     model, thinking = thinker(theirs)
-    assert thinking == hf.Thinking(6, 2, 0.7)
+    assert thinking == hf.Thinking(6, 2, 0.7, "reread" if model.reread else "learned")
     given = theirs.state_dict(keep_vars=True)
     shared = dict(model.lm.named_parameters())
     assert all(p is given[name] for name, p in shared.items())
