@@ -36,7 +36,7 @@ from data import fold
 from nanoqstar import InputError, hf
 from nanoqstar.continuation import ChatML, Continuation
 from nanoqstar.device import pick_device, pick_threads, speed_up_decoding
-from nanoqstar.files import plain
+from nanoqstar.files import alone, plain
 from nanoqstar.quietstar import QuietStar, uniforms
 from nanoqstar.sampling import Decoder
 from nanoqstar.tokenizer import beginning_ids, encode, end_of_text_id
@@ -301,8 +301,9 @@ def fill(writer: Writer, prompts: list[tuple[str, str]], out: str) -> None:
                              len(ids[-1]) + writer.cfg.max_new_tokens + writer.n_ahead)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-    n_rows = n_there = rows_there(out, [prompt for _, prompt in prompts], made_by)
-    with open(out, "ab") as file, tqdm(total=len(ids), initial=n_there, disable=None) as bar:
+    with alone(Path(out)), open(out, "ab") as file, tqdm(total=len(ids), disable=None) as bar:
+        n_rows = n_there = rows_there(out, [prompt for _, prompt in prompts], made_by)
+        bar.update(n_there)
         while n_rows < len(ids):
             first, batch = n_rows, ids[n_rows:n_rows + writer.cfg.batch_size]
             for rows in writer.follow(writer.decoder(batch), batch, first=first):

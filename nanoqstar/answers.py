@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nanoqstar import InputError, hf, parallel
 from nanoqstar.device import autocast
-from nanoqstar.files import plain
+from nanoqstar.files import alone, plain
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.sampling import generate
 from nanoqstar.tasks import MAX_TOKENS, Questions, answer_scores, compare
@@ -155,7 +155,6 @@ def identity(model: QuietStar, texts: Sequence[tuple[str, str]], n_ahead: int, s
 def begin_answers(path: Path, about: dict[str, Any]) -> None:
     """Makes the file of answers, or cuts off the half of a line that a kill has left. InputError
     where it is of other votes, or no such file: then it stays as it is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = plain(path).read_bytes() if os.path.lexists(path) else b""
     header = json.dumps(about).encode() + b"\n"
     if header.startswith(data):  # it was not there, or no more than begun
@@ -259,13 +258,15 @@ def vote(model: QuietStar, tokenizer: Tokenizer, texts: Sequence[tuple[str, str]
     those `chosen`; k: the first k votes. Answers are kept at `path` as they come, and never
     computed again. Raises InputError.
     """
-    parallel.first(begin_answers, path, identity(model, texts, n_ahead, seed))
     ways = (0, n_ahead) if n_ahead else (0,)
     prompts = {i: texts[i][0] + PROMPT for i in chosen}
-    for k in ways:
-        cast_votes(model, tokenizer, prompts, k, n_votes, path, end_ids=end_ids, seed=seed,
-                   batch_size=batch_size)
-    parallel.exchange(None)  # until all ranks have written theirs
+    parallel.first(os.makedirs, path.parent, 0o777, True)
+    with parallel.firsts(alone(path)):
+        parallel.first(begin_answers, path, identity(model, texts, n_ahead, seed))
+        for k in ways:
+            cast_votes(model, tokenizer, prompts, k, n_votes, path, end_ids=end_ids, seed=seed,
+                       batch_size=batch_size)
+        parallel.exchange(None)  # until all ranks have written theirs
     known, found = read_answers(path), dict[str, Any](n=len(chosen))
     for k in range(1, n_votes + 1):
         right = [[majority([known[i, v, way > 0] for v in range(k)]) == first_number(texts[i][1])

@@ -31,7 +31,8 @@ def plain(path: str | os.PathLike) -> Path:
     """`path`, a file or nothing yet; InputError where it is anything else: opening a pipe, say,
     waits until somebody writes, and through a link to nothing a file is made elsewhere."""
     if os.path.lexists(path) and not os.path.isfile(path):
-        raise InputError(f"{path} is not a plain file, nor a link to one: remove what is there")
+        raise InputError(f"{path} is not a plain file, nor a link to one: choose another, or "
+                         "remove what is there")
     return Path(path)
 
 
@@ -88,6 +89,20 @@ def sync(path: str | os.PathLike) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[Path]:
+    """Holds a plain file (made where it is not) for this process, which alone appends to it;
+    InputError where another one does. Its folder must be there."""
+    with plain(file).open("ab") as held:
+        try:
+            if fcntl is not None:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another process is writing {file}: wait until it has ended, or "
+                             "choose another file") from None
+        yield file
 
 
 @contextmanager

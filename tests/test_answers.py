@@ -11,6 +11,7 @@ from test_tasks import QUESTIONS, TOKENIZERS, K, files  # noqa: F401
 
 from nanoqstar import InputError, answers, parallel
 from nanoqstar.answers import FINAL, PROMPT, Job, first_number, majority, vote, write_on
+from nanoqstar.files import alone
 from nanoqstar.sampling import generate
 from nanoqstar.tasks import read_questions, read_texts
 
@@ -345,3 +346,11 @@ def test_a_real_model_votes(model, tmp_path, files, monkeypatch):  # noqa: F811
     assert np.isfinite(found["maj@2"]["difference"])
     about = answers.identity(model, texts, K, 0)
     assert about == answers.identity(model.float(), texts, K, 0)
+
+
+def test_two_commands_do_not_cast_the_same_votes(model, scripted, tmp_path):
+    path = tmp_path / "new" / "x.jsonl"
+    path.parent.mkdir()
+    with alone(path), pytest.raises(InputError, match="another process is writing"):
+        cast(model, path)
+    assert path.read_bytes() == b""

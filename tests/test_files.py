@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from nanoqstar import InputError, files
-from nanoqstar.files import LOCK, lock, read_json, shown, sync, write_json
+from nanoqstar.files import LOCK, alone, lock, read_json, shown, sync, write_json
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -216,6 +216,18 @@ def test_a_lock_is_let_go_whatever_becomes_of_its_name(tmp_path, monkeypatch):
         patch.setattr(files.Path, "unlink", fail)
     with lock(tmp_path):
         assert held.traceback  # keeps what its frames hold
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="Windows")
+def test_a_file_is_written_by_one_process(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b"kept")
+    with alone(file) as held:
+        assert held == file
+        with pytest.raises(InputError, match="another process is writing"), alone(file):
+            pass
+    with alone(file):
+        assert file.read_bytes() == b"kept"
 
 
 def test_lock_of_what_cannot_be_a_folder(tmp_path):

@@ -18,6 +18,7 @@ import sample
 from data import fold
 from nanoqstar import hf
 from nanoqstar.continuation import Continuation
+from nanoqstar.files import alone
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 from nanoqstar.sampling import Decoder, Step
@@ -662,6 +663,14 @@ def test_an_interrupted_file_goes_on(filled, monkeypatch):
     assert code == 0
     assert out.endswith("7 rows, 2 of which were there\n")
     assert [row["prompt"] for row in rows] == [*PROMPTS, "cc="]
+
+
+def test_two_commands_do_not_write_one_file(filled, tmp_path):
+    with alone(tmp_path / "out.jsonl"):
+        (code, _, err), rows = filled()
+    assert (code, rows) == (2, [])
+    assert "another process is writing" in err
+    assert filled()[0][0] == 0
 
 
 def test_rows_are_written_as_they_come(filled, tmp_path, monkeypatch):
