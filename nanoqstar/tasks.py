@@ -48,13 +48,18 @@ class Task(NamedTuple):
 
 def gsm8k_texts(row: Any) -> tuple[str, str]:
     _, answer = row["answer"].rsplit("####", 1)
+    if type(row["question"]) is not str or not any(c in "0123456789" for c in answer):
+        raise ValueError
     return f"Q: {row['question']}\nA:", f"{answer}\n"
 
 
 def commonsense_qa_texts(row: Any) -> tuple[str, str]:
     choices, key = row["choices"], row["answerKey"]
-    lines = [f"({label}) {text}\n" for label, text in zip(choices["label"], choices["text"])]
-    if key not in choices["label"] or key not in "ABCDE":
+    pairs = list(zip(choices["label"], choices["text"], strict=True))
+    lines = [f"({label}) {text}\n" for label, text in pairs]
+    if (not all(type(x) is str for x in (row["question"], *sum(pairs, ())))
+            or not isinstance(choices["text"], list) or key not in choices["label"]
+            or key not in [*"ABCDE"]):
         raise ValueError
     return f"Q: {row['question']}\n{''.join(lines)}A:", f" {key}\n"
 

@@ -293,7 +293,15 @@ def test_tokenizers_that_cannot_be_scored(files):
     ("gsm8k", ["x"], "question and answer"),
     ("commonsense_qa", {"question": "x", "answerKey": "", "choices": {
         "label": ["A"], "text": ["x"]}}, "the test split has none"),
-    ("commonsense_qa", {"question": "x", "answerKey": "A", "choices": ["x"]}, "choices {label, ")])
+    ("commonsense_qa", {"question": "x", "answerKey": "A", "choices": ["x"]}, "choices {label, "),
+    ("gsm8k", {"question": None, "answer": "#### 7"}, "question and answer"),
+    ("gsm8k", {"question": "x", "answer": "#### none"}, "and a number"),
+    ("commonsense_qa", {"question": "x", "answerKey": "AB", "choices": {
+        "label": ["AB", "C"], "text": ["x", "y"]}}, "A to E"),
+    ("commonsense_qa", {"question": "x", "answerKey": "B", "choices": {
+        "label": ["A", "B"], "text": ["x"]}}, "choices {label, "),
+    ("commonsense_qa", {"question": "x", "answerKey": "B", "choices": {
+        "label": "AB", "text": "xy"}}, "choices {label, ")])
 def test_rows_of_another_schema(tmp_path, name, row, word):
     file = write(tmp_path / "x.jsonl", [row])
     sentence = refusal(tasks.read_texts, name, file)
