@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,8 @@ def gains(scores: TextScores) -> dict[str, Any]:
         return None if error is None else 1.96 * error
 
     found = summarize(scores) | {
-        "windows": len(valid), "tokens": len(base), "perplexity_base": math.exp(base.mean()),
-        "perplexity_mixed": math.exp(mixed.mean()), "gain_error": half(gain, window),
+        "windows": len(valid), "tokens": len(base), "perplexity_base": base.mean().exp().item(),
+        "perplexity_mixed": mixed.mean().exp().item(), "gain_error": half(gain, window),
         "helped": (gain > 0).double().mean().item(),
         "helped_error": half((gain > 0).double(), window)}
     if scores.thoughts.shape[-1]:
@@ -114,9 +113,12 @@ def gains_table(found: dict[str, dict[str, Any]]) -> str:
 def run_text(cfg: Any, model: QuietStar, settings: hf.Settings, tokenizer: Tokenizer, n_ahead: int
              ) -> tuple[dict[str, Any], str]:
     """Its figures by setting, and the table. cfg: configs.py's EvaluateConfig."""
-    length = cfg.max_length or settings.config.get("max_length") or 256
+    trained = {name: x for name in ("max_length", "n_ahead_talk")
+               if type(x := settings.config.get(name)) is int and x > 0}  # it may say anything
+    length = cfg.max_length or trained.get("max_length", 256)
     found = {}
-    ways = [{"n_ahead": n_ahead, "n_ahead_talk": settings.thinking.n_ahead_talk or 1} | way
+    ways = [{"n_ahead": n_ahead, "n_ahead_talk": settings.thinking.n_ahead_talk
+             or trained.get("n_ahead_talk", 1)} | way
             for way in cfg.swept]
     most = max(way["n_ahead_talk"] for way in ways)  # the same tokens for all
     hf.check_context(model.lm.config, length + most + max(way["n_ahead"] for way in ways))
@@ -187,6 +189,9 @@ def run_on_all(cfg: Any) -> None:
     taught = settings.thinking.n_ahead
     if not taught and (cfg.n_ahead or (cfg.sweep or "").startswith("n_ahead=")):
         raise InputError("this model was never taught to think: leave n_ahead out")
+    if not taught and cfg.plot:
+        raise InputError("this model was never taught to think, so it has no gains to draw: leave "
+                         "--plot out")
     n_ahead, is_first = cfg.n_ahead or taught, parallel.rank() == 0
     if is_first and not taught:
         print("this model was never taught to think: without thoughts", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import shutil
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -117,6 +119,29 @@ def test_a_model_that_never_learned_to_think(work, run):
     assert "thoughts" not in said["found"]["answer_prob"]
     refused(run("text", "--input", work / "data", "--sweep", "n_ahead=4", model="run/base"),
             "was never taught to think")
+    refused(run("text", "--input", work / "data", "--plot", "x.svg", model="run/base"),
+            "leave --plot out")
+
+
+def test_the_text_of_a_base_is_that_of_its_run(work, run):
+    """The same windows: NLL before and after compare token by token."""
+    rows = [json.loads(x) for x in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if row["kind"] == "eval")
+    *_, said = run("text", "--input", work / "data", "--windows", SMALL["eval_windows"],
+                   model="run/base")
+    found = next(iter(said["found"].values()))
+    assert found["nll_base"] == pytest.approx(first["nll_base"], abs=1e-6)
+
+
+@pytest.mark.parametrize("value", ["20", -5, True, None, [20]])
+def test_what_a_model_says_of_its_training_may_be_anything(work, run, tmp_path, value):
+    shutil.copytree(work / "run" / "base", tmp_path / "model")
+    file = tmp_path / "model" / "nanoqstar.json"
+    info = json.loads(file.read_text())
+    info["config"] |= {"max_length": value, "n_ahead_talk": value}
+    file.write_text(json.dumps(info))
+    code, out, *_ = run("text", "--input", work / "data", "--windows", 2, model=tmp_path / "model")
+    assert code == 0 and out.startswith("2 windows")
 
 
 def test_votes_are_kept_where_the_settings_say(work, run, tmp_path, monkeypatch):
@@ -142,6 +167,13 @@ def test_votes_are_kept_where_the_settings_say(work, run, tmp_path, monkeypatch)
 
 
 # ---- text
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    valid = torch.ones(2, 30, dtype=torch.bool)
+    found = worth.gains(scores_of(1000 + torch.rand(2, 30), torch.rand(2, 30), valid))
+    assert found["perplexity_base"] == found["perplexity_mixed"] == math.inf
+    assert 1000 < found["nll_base"] < 1001
 
 
 def test_gains_by_hand(made_up):  # noqa: F811
