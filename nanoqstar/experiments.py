@@ -169,7 +169,7 @@ from nanoqstar.dataset import TokenDataset
 from nanoqstar.device import pick_device, pick_threads
 from nanoqstar.files import LOCK, lock, read_small
 from nanoqstar.flops import matched_steps
-from nanoqstar.tokenizer import encode
+from nanoqstar.tokenizer import encode, load_tokenizer
 
 
 def finished(out: Path) -> dict[str, Any] | None:
@@ -279,12 +279,18 @@ def search(cfg: SearchConfig) -> None:
     model, tokenizer, _ = hf.load_thinker(cfg.model_path, device, dtype)
     pick_threads(None, model.lm.config.hidden_size)
     model.reread = False
+    hf.check_context(model.lm.config, cfg.max_length + 1 + cfg.n_ahead)
     splits = [TokenDataset(cfg.data, name) for name in ("train", "val")]
+    if load_tokenizer(splits[0].tokenizer_path.parent).to_str() != tokenizer.to_str():
+        raise InputError(f"the tokenizer of {cfg.data} is not the model's: prepare the data with "
+                         "--tokenizer of this model")
     windows = [split.evenly(cfg.windows, cfg.max_length + 1) for split in splits]
     if cfg.candidates is None:
         ids = delimiters.frequent_marks(splits[0], tokenizer, 8)
     else:
         ids = list(dict.fromkeys(encode(tokenizer, cfg.candidates, "candidates")))
+    if not ids:
+        raise InputError(f"{cfg.data} holds no token without letters and digits: give --candidates")
     found = delimiters.search(model, windows[0], windows[1], ids, cfg.n_ahead, cfg.n_passes,
                               cfg.seed, cfg.batch_size)
     outcomes = list(tqdm(found, total=len(ids)**2, unit="pair", disable=None))

@@ -1,6 +1,9 @@
 """The search for delimiters: what it measures is what evaluation measures; its command."""
 
+import hashlib
+import json
 import math
+import shutil
 
 import torch
 from tokenizers import Tokenizer
@@ -91,6 +94,16 @@ def test_command(tmp_path, capsys):
     assert gains == sorted(gains, reverse=True)
     assert experiments.main([*args, "--candidates", "z"]) == 2
     assert "candidates: the tokenizer cannot encode 'z'" in capsys.readouterr().err
+    assert experiments.main([*args, "--max_length", "2045"]) == 2
+    assert "more than the model's context" in capsys.readouterr().err
+    other = shutil.copytree(run / "data", tmp_path / "other")
+    words = (other / "tokenizer.json").read_text().replace('"a"', '"z"')
+    (other / "tokenizer.json").write_text(words)
+    meta = json.loads((other / "meta.json").read_text())
+    meta["tokenizer_sha256"] = hashlib.sha256(words.encode()).hexdigest()
+    (other / "meta.json").write_text(json.dumps(meta))
+    assert experiments.main([*args, "--data", str(other)]) == 2
+    assert "is not the model's: prepare the data" in capsys.readouterr().err
     assert experiments.main(args) == 0  # = ( ) and newline
     assert len(capsys.readouterr().out.splitlines()) == 2 + 16
     assert experiments.main(args[:3]) == 2
