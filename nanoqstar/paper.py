@@ -23,7 +23,7 @@ TASKS = ("gsm8k", "commonsense_qa")
 # Zelikman et al. 2024, table 1 and figure 2: Mistral 7B before and after training on OpenWebMath
 PAPER = {("gsm8k", "answer_prob"): (5.9, 10.9), ("commonsense_qa", "answer_prob"): (36.3, 47.2),
          ("gsm8k --cot", "8"): (40.6, 47.7)}
-GIVEN = ("out_dir", "resume", "n_ahead", "force")  # set here
+GIVEN = ("out_dir", "resume", "n_ahead", "force", "plan", "push")  # set here, or of one run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,27 +119,32 @@ def table(rows: dict[tuple[str, str], dict[str, tuple[float, float | None]]]) ->
 def run(cfg: PaperConfig, overrides: list[str]) -> None:
     """All of it; InputError where a part fails, and then the rest goes on another time."""
     from configs import PRESETS, TrainConfig
+    from nanoqstar import tasks
     from nanoqstar.flops import matched_steps
 
     key = f"-{zlib.crc32(' '.join(overrides).encode()):x}" if overrides else ""
     out = Path(cfg.out) / (cfg.preset + key)
     changed = dataclasses.replace(PRESETS[cfg.preset].config,
                                   **cli.parse(TrainConfig, overrides))
+    before = changed.model_path or str(out / "thoughts" / "base")
+    when = {f.name: f.metadata["when"] for f in dataclasses.fields(TrainConfig)}
+    plain = {"n_ahead": 0, "max_steps": matched_steps(changed), "model_path": before}
+    values = cli.parse(TrainConfig, overrides) | plain
+    baseline = dataclasses.replace(changed, **values)  # refused now, not after a day of training
+    for name in TASKS:
+        if file := getattr(cfg, name):
+            tasks.read_texts(name, file)
     with lock(out):
         if not (out / "thoughts").exists():
             command("train.py", cfg.preset, *overrides, "--plan")
         train(out / "thoughts", cfg.preset, overrides)
-        before = changed.model_path or str(out / "thoughts" / "base")
-        when = {f.name: f.metadata["when"] for f in dataclasses.fields(TrainConfig)}
-        plain = {"n_ahead": 0, "max_steps": matched_steps(changed), "model_path": before}
-        values = cli.parse(TrainConfig, overrides) | plain
-        baseline = dataclasses.replace(changed, **values)
         train(out / "plain", cfg.preset, [
             f"--{name}={value}" for name, value in values.items()
             if when[name] is None or when[name].holds(baseline)])
 
         data = out / "thoughts" / "data" if changed.data == "fold" else Path(changed.data)
-        jobs = [("text", [f"--input={data}", f"--max_length={changed.max_length}"])]
+        jobs = [("text", [f"--input={data}", f"--max_length={changed.max_length}",
+                          f"--sweep=n_ahead_talk={changed.n_ahead_talk}"])]  # the same tokens
         for name in TASKS:
             file = getattr(cfg, name)
             if reason := suits(before, name, file):

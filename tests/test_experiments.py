@@ -188,6 +188,10 @@ def test_matched_flops_by_hand(runs):
     (["controls", "--", "--out_dir", "x"], "--out_dir is set by the table"),
     (["controls", "--", "--n_ahead", "0"], "the row 'policy weight 0: NLL terms only' does not go"),
     (["controls", "--", "--tokenizer", "x"], "--tokenizer is for model_path only"),
+    (["paper", "--preset", "tiny", "--", "--plan"], "--plan is set by the experiment"),
+    (["paper", "--preset", "tiny", "--", "--push", "a/b"], "--push is set by the experiment"),
+    (["paper", "--preset", "tiny", "--", "--trainable", "thoughts"], "only the whole model can"),
+    (["paper", "--preset", "tiny", "--gsm8k", "none.jsonl"], "none.jsonl cannot be read"),
 ])
 def test_bad_arguments_are_refused_before_anything_runs(runs, tmp_path, capsys, args, sentence):
     assert experiments.main(args) == 2
