@@ -181,7 +181,7 @@ def run(cfg: Any) -> None:
     if not (taught / "metrics.jsonl").exists():
         taught = settings.folder.parent  # of a run's checkpoint
     thinks, beside = settings.thinking.n_ahead > 0, {}
-    if (taught / "report.html").is_file():
+    if settings.step and (taught / "report.html").is_file():  # a run's base is not what it shows
         beside["report.html"] = read_small(taught / "report.html").decode(errors="replace")
     source = origin(settings.config) if settings.config else cfg.run
     data = front_matter(source, settings.config, thinks)

@@ -235,6 +235,15 @@ def test_a_model_without_thoughts_says_so(tmp_path, make):
     assert not (tmp_path / "shared" / "quietstar.safetensors").exists()
 
 
+def test_the_base_of_a_run_goes_without_its_report(tmp_path, make):
+    run = make_run(tmp_path / "run")
+    (run / "report.html").write_text("what it thinks")
+    hf.save(run / "base", random_model(), words(), thinking=None, step=0, config={}, source=None)
+    assert make(run)[0] == make(run / "base", folder=tmp_path / "base")[0] == 0
+    assert (tmp_path / "shared" / "report.html").read_text() == "what it thinks"
+    assert not (tmp_path / "base" / "report.html").exists()
+
+
 def test_the_snippet_of_the_card_thinks(tmp_path, make, monkeypatch, capsys):
     pytest.importorskip("transformers")
     make(make_run(tmp_path / "run"))
