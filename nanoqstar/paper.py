@@ -23,7 +23,7 @@ TASKS = ("gsm8k", "commonsense_qa")
 # Zelikman et al. 2024, table 1 and figure 2: Mistral 7B before and after training on OpenWebMath
 PAPER = {("gsm8k", "answer_prob"): (5.9, 10.9), ("commonsense_qa", "answer_prob"): (36.3, 47.2),
          ("gsm8k --cot", "8"): (40.6, 47.7)}
-GIVEN = ("out_dir", "resume", "n_ahead", "force")  # set here
+GIVEN = ("out_dir", "resume", "force")  # set here
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
