@@ -260,6 +260,11 @@ PRESETS = {
         FOLD_RECIPE, n_ahead=6, max_length=62, max_steps=120, batch_size=16, learning_rate=1e-3,
         warmup_steps=10, schedule="cosine", eval_every=40, save_every=40),
         "2 CPU cores", "287.6 MB", "the embedded demo: thoughts become useful in minutes"),
+    "tiny_reread": Preset(replace(
+        FOLD_RECIPE, delimiters="reread", n_ahead=8, n_ahead_talk=1, max_length=62, max_steps=240,
+        batch_size=16, learning_rate=1e-3, warmup_steps=10, schedule="cosine", policy_weight=30.0,
+        embedding_lr_factor=1.0, eval_every=40, save_every=40),
+        "2 CPU cores", "326.6 MB", "the same, and no token was chosen to begin and end a thought with"),
     "small": Preset(replace(
         FOLD_RECIPE, max_length=126, max_steps=400, batch_size=32, learning_rate=3e-4,
         eval_every=50, save_every=50, hidden_size=512, intermediate_size=1536, n_layers=8,
