@@ -257,9 +257,14 @@ H200 = TrainConfig(data="data/fineweb-edu", n_passes=4, checkpointing=1.0)
 LORA = replace(H200, lora_rank=16, learning_rate=1e-4, n_passes=2)  # the official runs' 1e-4
 PRESETS = {
     "tiny": Preset(replace(
-        FOLD_RECIPE, n_ahead=6, max_length=62, max_steps=160, batch_size=16, learning_rate=1e-3,
-        warmup_steps=10, eval_every=40, save_every=40),
+        FOLD_RECIPE, n_ahead=6, max_length=62, max_steps=120, batch_size=16, learning_rate=1e-3,
+        warmup_steps=10, schedule="cosine", eval_every=40, save_every=40),
         "2 CPU cores", "287.6 MB", "the embedded demo: thoughts become useful in minutes"),
+    "tiny_reread": Preset(replace(
+        FOLD_RECIPE, delimiters="reread", n_ahead=8, n_ahead_talk=1, max_length=62, max_steps=240,
+        batch_size=16, learning_rate=1e-3, warmup_steps=10, schedule="cosine", policy_weight=30.0,
+        embedding_lr_factor=1.0, eval_every=40, save_every=40),
+        "2 CPU cores", "326.6 MB", "the same; no token was chosen to begin thoughts with"),
     "small": Preset(replace(
         FOLD_RECIPE, max_length=126, max_steps=400, batch_size=32, learning_rate=3e-4,
         eval_every=50, save_every=50, hidden_size=512, intermediate_size=1536, n_layers=8,
@@ -472,6 +477,9 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check(self)
         _ = self.swept
+        for name, file, ending in (("json", self.json, ".json"), ("plot", self.plot, ".svg")):
+            if file is not None and Path(file).suffix.lower() != ending:
+                raise InputError(f"--{name}: name a file that ends in {ending}, not {file}")
         if self.task == "text" and self.input is None:
             raise InputError("text needs --input: a folder made by data/prepare.py, or a text file")
 

@@ -124,7 +124,8 @@ SHAPES = {
     "cpu_vocab": Shape(qwen(128, 2, 4, 2, 344, 151936, tied=False, bias=False), 1, 7, 4, 2, 31),
     "cpu_0_5b": Shape(MODELS["Qwen/Qwen2.5-0.5B"], 1, 8, 4, 2, 127),  # for `sample`
 }
-VOCABULARIES = {"tiny": 11, "small": 96, "text": 4096}  # of text, as the README prepares it
+# of text, as the README prepares it
+VOCABULARIES = {"tiny": 11, "tiny_reread": 11, "small": 96, "text": 4096}
 
 
 def of_clone(module: str) -> ModuleType:

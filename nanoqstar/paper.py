@@ -22,8 +22,8 @@ from nanoqstar.files import lock, read_json
 TASKS = ("gsm8k", "commonsense_qa")
 # Zelikman et al. 2024, table 1 and figure 2: Mistral 7B before and after training on OpenWebMath
 PAPER = {("gsm8k", "answer_prob"): (5.9, 10.9), ("commonsense_qa", "answer_prob"): (36.3, 47.2),
-         ("gsm8k --cot", "8"): (40.6, 47.7)}
-GIVEN = ("out_dir", "resume", "n_ahead", "force", "plan", "push")  # set here, or of one run
+         ("gsm8k --cot", "maj@8"): (40.6, 47.7)}
+GIVEN = ("out_dir", "resume", "force", "plan", "push")  # set here, or of one run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,8 +107,7 @@ def table(rows: dict[tuple[str, str], dict[str, tuple[float, float | None]]]) ->
     lines = ["| | before | plain training, as many FLOPs | after, base | after, with thoughts | "
              "paper, Mistral 7B |", "|---|---|---|---|---|---|"]
     for (task, what), row in rows.items():
-        name = f"{task}, majority of {what}" if what.isdecimal() else f"{task}, {what}"
-        name += "" if task == "text" else " %"
+        name = f"{task}, {what}" + " %" * (task != "text")
         paper = "{} -> {}".format(*PAPER[task, what]) if (task, what) in PAPER else ""
         lines.append(f"| {name.replace('_', ' ')} | {cell(row, 'before', 0)} | "
                      f"{cell(row, 'plain', 0)} | {cell(row, 'thoughts', 0)} | "

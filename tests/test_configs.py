@@ -95,7 +95,7 @@ def test_broken_saved_configs(tmp_path, text, sentence):
 
 
 def test_unknown_preset_names_the_nearest_and_all():
-    with pytest.raises(InputError, match=r"did you mean qwen2_5_3b.*tiny, small, text, qwen2_5_0"):
+    with pytest.raises(InputError, match=r"did you mean qwen2_5_3b.*tiny, .*small, text, qwen2"):
         load_config("qwen2_5_3B")
 
 

@@ -302,8 +302,10 @@ def test_command_lines_that_are_refused(args, word, capsys, monkeypatch):
 
 def test_files_that_cannot_be_written_are_known_first(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "load_thinker", lambda *args: pytest.fail("it works already"))
+    (tmp_path / "x.svg").mkdir()
     for option, file, word in (("--json", tmp_path / "none" / "x.json", "there is no folder"),
-                               ("--plot", tmp_path, "not a plain file")):
+                               ("--plot", tmp_path / "x.svg", "not a plain file"),
+                               ("--plot", tmp_path / "notes.txt", "ends in .svg, not ")):
         assert main(["text", "--model_path", "x", "--input", "y", option, str(file)]) == 2
         assert word in capsys.readouterr().err
 
