@@ -67,8 +67,8 @@ RECIPE = {
 LONGER = " --pretrain_steps 1800 --fold_tokens 4500000"
 QUESTIONS = {
     "newline start, 4 passes, twice as long":
-        NEWLINE + " --n_passes 4 --batch_size 8 --max_steps 320",
-    "newline start, thoughts 2 tokens longer": NEWLINE + " --n_ahead 8 --max_steps 240",
+        NEWLINE + " --n_passes 4 --batch_size 8 --max_steps 240",
+    "newline start, thoughts 2 tokens longer": NEWLINE + " --n_ahead 8 --max_steps 180",
     "newline start, three operands": NEWLINE + " --fold_operands 3 --n_ahead 5",
     "three operands, usual start": "--fold_operands 3 --n_ahead 5",
     "3% worked lines": "--fold_worked_frac 0.03",

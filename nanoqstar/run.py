@@ -202,6 +202,7 @@ class Run:
             raise InputError(f"{folder} is of update {at.update} of {at.phase}: this command ends "
                              f"with update {last} of {phase}, so nothing is left to do")
         load(folder, info, self.model, optimizer)
+        self.log.start -= info.get("seconds", 0.0)  # of its earlier lives
         self.log.go_on(folder, info)
         self.log.say(f"goes on from {folder}: {phase} {at.update}/{last}")
         if info["made_by"] != self.made_by:
@@ -271,7 +272,8 @@ class Run:
         self.log.save(at, self.model, optimizer, self.tokenizer, thinking,
                       origin.folder if origin else None,
                       {"data": data_sum(self.splits), "made_by": self.made_by,
-                       "first": self.first, "onednn": cpu.onednn}, background)
+                       "first": self.first, "onednn": cpu.onednn,
+                       "seconds": self.log.seconds}, background)
 
     def finish(self, at: Progress) -> None:
         """The final evaluation, and where everything is."""

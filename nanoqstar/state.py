@@ -170,6 +170,7 @@ def sound(info: Mapping[str, Any], at: Progress) -> bool:
     return (all(re.fullmatch(r"rank-\d{5}\.safetensors", name) and isinstance(x["sha256"], str)
                 for name, x in info["files"].items())
             and isinstance(info["config"], dict)
+            and type(spent := info.get("seconds", 0.0)) is float and 0 <= spent < math.inf
             and all(isinstance(info[key], str) for key in ("data", "made_by"))
             and all(type(n) is int and 0 <= n < 2**63 for n in counts)
             and all(type(x) is float and math.isfinite(x) for x in numbers))

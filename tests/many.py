@@ -40,11 +40,11 @@ SHAPE = dict(vocab_size=61, hidden_size=22, intermediate_size=42, num_hidden_lay
              num_attention_heads=2, num_key_value_heads=1, head_dim=6, max_position_embeddings=64)
 CFG = dataclasses.replace(
     PRESETS["tiny"].config, batch_size=1, grad_accum=4, max_length=7, n_ahead=4, n_ahead_talk=2,
-    grad_clip=0.5, learning_rate=1e-2, warmup_steps=0)
+    grad_clip=0.5, learning_rate=1e-2, warmup_steps=0, schedule="constant")
 RUN = dict(device="cpu", threads=1, hidden_size=32, intermediate_size=64, n_heads=2, n_kv_heads=1,
            pretrain_steps=4, pretrain_batch_size=4, fold_tokens=5000, max_length=16, batch_size=2,
            grad_accum=2, eval_windows=5, max_steps=20, eval_every=7, save_every=5, log_every=1,
-           warmup_steps=5)
+           warmup_steps=5, schedule="constant")
 CLOCK = ("seconds", "tokens_per_second", "tflops", "distinct")  # or of one rank's thoughts
 # what a curve is: a thought that rounding turns into another shows in the rest
 CURVE = ("nll_base", "nll_talk", "nll_mixed")

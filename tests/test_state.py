@@ -174,6 +174,7 @@ def test_a_state_under_another_name_does_not_count(states):
     {"files": {"../../secret": {"bytes": 1, "sha256": "x"}}}, {"files": 7}, {"progress": {"a": 1}},
     {"progress": None}, {"files": {"rank-00000.safetensors": 5}}, {"adam_step": {"low": "3"}},
     {"adam_step": []}, {"config": None}, {"data": 5}, {"made_by": None}, {"metrics": -1},
+    {"seconds": -1.0}, {"seconds": "long"},
     {"progress": {"phase": "think", "update": 3.0}}, {"progress": {"phase": "think", "update": -3}},
     {"progress": {"phase": "think", "update": 3, "norms": ["1"]}},
     {"progress": {"phase": "think", "update": 3, "norms": [math.nan]}},

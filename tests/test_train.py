@@ -446,6 +446,8 @@ def test_every_state_leads_to_the_same_end(straight, tmp_path, capsys):
         assert script.main(["--resume", str(out / "state" / name)]) == 0
         printed = capsys.readouterr().out
         assert f"goes on from {out / 'state' / name}: " in printed and "warning" not in printed
+        spent = files.read_json(straight / "state" / name / "state.json")["seconds"]
+        assert rows(out, "end")[0]["seconds"] > spent > 0  # of both lives
         assert [row.split(",")[0] for row in printed.splitlines() if "removed" in row] == [
             f"removed: {out / 'state' / x}" for x in sorted(names) if x > name]
         assert learned(out) == expected, name
