@@ -1,8 +1,9 @@
 """A chart of lines with error bars, as an SVG that stands alone and follows light and dark mode."""
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
+
+from nanoqstar.charts import ticks
 
 Point = tuple[float, float]  # a value, and half of its interval
 WIDTH, AREA, LEFT, RIGHT, BOTTOM = 580, 250, 66, 20, 56
@@ -12,14 +13,6 @@ MARKS = ("", "8 4", "2 3", "10 3 2 3", "5 5", "1 4")  # dashes: colours alone do
 STYLE = """svg{background:var(--card)} text{font:14px sans-serif;fill:var(--ink)}
 .mid{text-anchor:middle} .end{text-anchor:end} .grid{stroke:var(--grid)} .zero{stroke:var(--ink)}
 path,.bar{fill:none;stroke-width:2}"""
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Four to nine round numbers from `low` to `high`."""
-    raw = (high - low) / 5
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(unit * n for n in (1, 2, 5, 10) if unit * n >= raw)
-    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def chart(title: str, x_label: str, y_label: str, names: Sequence[str],
@@ -42,7 +35,7 @@ def chart(title: str, x_label: str, y_label: str, names: Sequence[str],
         own = "".join(f"--c{n}:{c};" for n, c in enumerate(colours))
         return f":root{{{own}--card:{card};--ink:{colours[-1]};--grid:{grid}}}"
 
-    body, marks = [], ticks(low, high)
+    body, marks = [], ticks(low, high, 5)
     for value in marks:
         kind = "zero" if value == 0 else "grid"
         body += [f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" '

@@ -18,9 +18,10 @@ import train as script
 from configs import EvaluateConfig, TrainConfig, changes
 from data import prepare
 from nanoqstar import InputError, answers, cli, hf, tasks, worth
+from nanoqstar.charts import ticks
 from nanoqstar.dataset import TokenDataset
 from nanoqstar.evaluate import main, score_text
-from nanoqstar.plot import chart, ticks
+from nanoqstar.plot import chart
 
 SMALL = dict(hidden_size=16, intermediate_size=32, n_heads=2, n_kv_heads=1, n_layers=1, threads=1,
              pretrain_steps=2, pretrain_batch_size=4, max_length=20, batch_size=4, eval_windows=4,
@@ -383,7 +384,7 @@ def test_a_chart_shows_every_point_where_it_is():
 
 @pytest.mark.parametrize(("low", "high"), [(-1.2, 3.4), (-1e-5, 1e-5), (0, 700), (-0.3, 0)])
 def test_ticks_are_few_and_within(low, high):
-    found = ticks(low, high)
+    found = ticks(low, high, 5)
     assert 3 <= len(found) <= 9
     assert low <= found[0] and found[-1] <= high
     assert any(abs(x) < 1e-12 for x in found)
