@@ -148,7 +148,7 @@ def identity(model: QuietStar, texts: Sequence[tuple[str, str]], n_ahead: int, s
     """All that votes depend on, which one file of answers has in common."""
     data = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
     return {"model": fingerprint(model), "questions": data, "n_ahead": n_ahead,
-            "thought_temperature": model.thought_temperature, "seed": seed,
+            "thought_temperature": model.thought_temperature, "reread": model.reread, "seed": seed,
             "temperature": TEMPERATURE, "tokens": [CHAIN_TOKENS, ANSWER_TOKENS]}
 
 

@@ -412,7 +412,7 @@ def link(source: str, target: str) -> None:
 def stand_in(model: QuietStar, tensors: Mapping[str, torch.Tensor], lora_rank: int) -> QuietStar:
     """A model of these tensors, which may be copies of the model's own."""
     with torch.device("meta"):
-        copy = QuietStar(Qwen2(model.lm.config), model.thought_temperature)
+        copy = QuietStar(Qwen2(model.lm.config), model.thought_temperature, reread=model.reread)
     if lora_rank:
         lora.add(copy.lm, lora_rank, cast(int, model.lm.lora_alpha))
     copy.load_state_dict({name: x.detach() for name, x in tensors.items() if "@" not in name},

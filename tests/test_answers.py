@@ -346,6 +346,9 @@ def test_a_real_model_votes(model, tmp_path, files, monkeypatch):  # noqa: F811
     assert np.isfinite(found["maj@2"]["difference"])
     about = answers.identity(model, texts, K, 0)
     assert about == answers.identity(model.float(), texts, K, 0)
+    model.reread = True
+    assert about != answers.identity(model, texts, K, 0)
+    model.reread = False
 
 
 def test_two_commands_do_not_cast_the_same_votes(model, scripted, tmp_path):
