@@ -1,8 +1,8 @@
-"""Which tokens thoughts should begin and end with: pairs ranked by what the mixing head makes of
-their untrained thoughts.
+"""Which tokens thoughts should begin and end with, or how long they should be where delimiters
+re-read: choices ranked by what the mixing head makes of their untrained thoughts.
 
-A pair is worth starting from where its thoughts already help, which the gain of a head trained for
-it shows, and where they help unequally, which REINFORCE lives on: the spread of the advantages.
+A choice is worth starting from where its thoughts already help, which the gain of a head trained
+for it shows, and where they help unequally, which REINFORCE lives on: the spread of the advantages.
 """
 
 import math
@@ -26,10 +26,9 @@ UPDATES, ROWS, LEARNING_RATE = 100, 512, 1e-3  # of the mixing head: more, and i
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a pair of token ids, on windows its head has not seen; nats."""
+    """Of a choice, on windows its head has not seen; nats."""
 
-    start: int
-    end: int
+    choice: tuple[int, ...]  # ids of start and end; or n_ahead
     gain: float  # a token
     stderr: float | None  # of it, clustered by window
     spread: float  # root mean square of the advantages
@@ -109,21 +108,38 @@ def assess(model: QuietStar, windows: Windows, base: torch.Tensor, talk: torch.T
     return gain.mean().item(), standard_error(gain, valid.nonzero()[:, 0]), math.sqrt(spread)
 
 
+def judge(model: QuietStar, train: Windows, val: Windows, thoughts: Sequence[torch.Tensor],
+          seed: int, batch_size: int) -> tuple[float, float | None, float]:
+    """Trains the model's fresh mixing head on the thoughts of train, and assesses it on val's."""
+    valid = Valid.from_docs(train[1], 1).base.to(model.lm.head_weight.device)[:, None]
+    base, talk = states(model, train, thoughts[0], batch_size)
+    chosen = valid.expand(talk.shape[:-1])
+    targets = train[0][:, None, 1:].to(talk.device).expand(talk.shape[:-1])
+    fit(model, base.expand_as(talk)[chosen], talk[chosen], targets[chosen], seed)
+    return assess(model, val, *states(model, val, thoughts[1], batch_size))
+
+
 def search(model: QuietStar, train: Windows, val: Windows, candidates: Sequence[int], n_ahead: int,
            n_passes: int, seed: int, batch_size: int) -> Iterator[Outcome]:
     """Every pair of candidates, as start and end; the model's own delimiters and head are lost."""
     model.requires_grad_(False).mixing_head.requires_grad_(True)
-    valid = Valid.from_docs(train[1], 1).base.to(model.lm.head_weight.device)[:, None]
-    targets = train[0][:, None, 1:].to(valid.device)
+    model.reread = False
     for start in candidates:
         model.init_thoughts([start], [start])
         thoughts = [sample(model, windows, n_ahead, n_passes, seed + i, batch_size)
                     for i, windows in enumerate((train, val))]
         for end in candidates:
             model.init_thoughts([start], [end], seed)
-            base, talk = states(model, train, thoughts[0], batch_size)
-            chosen = valid.expand(talk.shape[:-1])
-            fit(model, base.expand_as(talk)[chosen], talk[chosen],
-                targets.expand(talk.shape[:-1])[chosen], seed)
-            yield Outcome(start, end, *assess(model, val, *states(model, val, thoughts[1],
-                                                                  batch_size)))
+            yield Outcome((start, end), *judge(model, train, val, thoughts, seed, batch_size))
+
+
+def lengths(model: QuietStar, train: Windows, val: Windows, longest: int, n_passes: int, seed: int,
+            batch_size: int) -> Iterator[Outcome]:
+    """Every n_ahead up to `longest` with delimiters that re-read; its own are lost, too."""
+    model.requires_grad_(False).mixing_head.requires_grad_(True)
+    model.reread = True
+    for n_ahead in range(3, longest + 1):
+        model.init_thoughts([], [], seed)
+        thoughts = [sample(model, windows, n_ahead, n_passes, seed + i, batch_size)
+                    for i, windows in enumerate((train, val))]
+        yield Outcome((n_ahead,), *judge(model, train, val, thoughts, seed, batch_size))

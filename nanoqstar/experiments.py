@@ -6,7 +6,8 @@ python -m nanoqstar.experiments paper [--preset NAME] [--key value ..] [-- OVERR
 The first runs every row of a table over seeds and prints it: mean and 95% interval per row. A run
 that is finished is never repeated, so an interrupted table goes on where it stopped. The second
 ranks pairs of tokens for start_init_text and end_init_text: for each pair the mixing head alone is
-trained on the untrained thoughts between them. The third trains, evaluates and compares as the
+trained on the untrained thoughts between them; with --reread, lengths of thoughts whose delimiters
+re-read. The third trains, evaluates and compares as the
 paper does. NAME is one of
 
   controls    is it the thoughts, and is it REINFORCE? the demo against what would explain it away
@@ -110,7 +111,9 @@ class SearchConfig:
     data: str = cli.setting(dataclasses.MISSING, "prepared folder", at_least=1)
     candidates: str | None = cli.setting(
         None, "a text whose tokens are tried; none: the 8 most frequent without letters and digits",
-        at_least=1, escapes=True)
+        at_least=1, escapes=True, when=cli.When("pairs of tokens", lambda c: not c.reread))
+    reread: bool = cli.setting(
+        False, "delimiters re-read; not tokens are tried but every n_ahead from 3 to the one given")
     n_ahead: int = cli.setting(8, "tokens of a thought, start and end included", at_least=3)
     n_passes: int = cli.setting(2, "thoughts per position", at_least=2)
     max_length: int = cli.setting(64, "positions of a window that think", at_least=1)
@@ -273,34 +276,41 @@ def header(has_answers: bool) -> str:
 
 
 def search(cfg: SearchConfig) -> None:
-    """Ranks pairs of delimiters, the best first."""
+    """Ranks pairs of delimiters, or lengths, the best first."""
     device = pick_device("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer, _ = hf.load_thinker(cfg.model_path, device, dtype)
     pick_threads(None, model.lm.config.hidden_size)
-    model.reread = False
     hf.check_context(model.lm.config, cfg.max_length + 1 + cfg.n_ahead)
     splits = [TokenDataset(cfg.data, name) for name in ("train", "val")]
     if load_tokenizer(splits[0].tokenizer_path.parent).to_str() != tokenizer.to_str():
         raise InputError(f"the tokenizer of {cfg.data} is not the model's: prepare the data with "
                          "--tokenizer of this model")
-    windows = [split.evenly(cfg.windows, cfg.max_length + 1) for split in splits]
-    if cfg.candidates is None:
-        ids = delimiters.frequent_marks(splits[0], tokenizer, 8)
+    train, val = (split.evenly(cfg.windows, cfg.max_length + 1) for split in splits)
+    if cfg.reread:
+        n, names = cfg.n_ahead - 2, "n_ahead"
+        found = delimiters.lengths(model, train, val, cfg.n_ahead, cfg.n_passes, cfg.seed,
+                                   cfg.batch_size)
     else:
-        ids = list(dict.fromkeys(encode(tokenizer, cfg.candidates, "candidates")))
-    if not ids:
-        raise InputError(f"{cfg.data} holds no token without letters and digits: give --candidates")
-    found = delimiters.search(model, windows[0], windows[1], ids, cfg.n_ahead, cfg.n_passes,
-                              cfg.seed, cfg.batch_size)
-    outcomes = list(tqdm(found, total=len(ids)**2, unit="pair", disable=None))
-    print("| start | end | gain, millinats | spread of advantages, millinats |\n|---|---|---|---|")
+        if cfg.candidates is None:
+            ids = delimiters.frequent_marks(splits[0], tokenizer, 8)
+        else:
+            ids = list(dict.fromkeys(encode(tokenizer, cfg.candidates, "candidates")))
+        if not ids:
+            raise InputError(f"{cfg.data} holds no token without letters and digits: give "
+                             "--candidates")
+        n, names = len(ids)**2, "start | end"
+        found = delimiters.search(model, train, val, ids, cfg.n_ahead, cfg.n_passes, cfg.seed,
+                                  cfg.batch_size)
+    outcomes = list(tqdm(found, total=n, disable=None))
+    names = f"| {names} | gain, millinats | spread of advantages, millinats |"
+    print(names + "\n" + "|---" * (names.count("|") - 1) + "|")
     for outcome in sorted(outcomes, key=lambda x: -x.gain):
-        start, end = (repr(tokenizer.decode([i], skip_special_tokens=False)).replace("|", "\\|")
-                      for i in (outcome.start, outcome.end))
+        written = (repr(tokenizer.decode([i], skip_special_tokens=False)).replace("|", "\\|")
+                   for i in outcome.choice)
+        chosen = str(outcome.choice[0]) if cfg.reread else " | ".join(f"`{x}`" for x in written)
         error = "" if outcome.stderr is None else f" ± {2000 * outcome.stderr:.2f}"
-        print(f"| `{start}` | `{end}` | {1000 * outcome.gain:+.2f}{error} | "
-              f"{1000 * outcome.spread:.1f} |")
+        print(f"| {chosen} | {1000 * outcome.gain:+.2f}{error} | {1000 * outcome.spread:.1f} |")
 
 
 def run(table: TableConfig, overrides: list[str]) -> None:

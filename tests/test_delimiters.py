@@ -22,7 +22,7 @@ def test_gains_are_those_of_an_evaluation(make_model, make_text):
     """The last pair's, whose delimiters and head the model still has; with one pass and two."""
     model, train, val = make_model(), make_text(6, T + 1), make_text(5, T + 1, seed=3)
     *_, (outcome) = delimiters.search(model, train, val, [5, 9], K, 1, 0, batch_size=4)
-    assert (outcome.start, outcome.end) == (9, 9)
+    assert outcome.choice == (9, 9)
     assert torch.equal(model.end_embedding, model.lm.model.embed_tokens.weight[9])
     scores = score_text(model, *val, K, 1, seed=1)
     summary = summarize(scores)
@@ -48,10 +48,24 @@ def test_a_head_is_fresh_for_every_pair_and_nothing_else_learns(make_model, make
     before = {n: p.clone() for n, p in model.named_parameters() if n.startswith("lm.")}
     alone = list(delimiters.search(model, train, val, [9], K, 2, 0, batch_size=3))
     among = list(delimiters.search(model, train, val, [5, 9], K, 2, 0, batch_size=6))
-    assert [(x.start, x.end) for x in among] == [(5, 5), (5, 9), (9, 5), (9, 9)]
+    assert [x.choice for x in among] == [(5, 5), (5, 9), (9, 5), (9, 9)]
     for name in ("gain", "stderr", "spread"):
         assert math.isclose(getattr(alone[0], name), getattr(among[3], name), rel_tol=1e-9)
     assert all(torch.equal(p, dict(model.named_parameters())[n]) for n, p in before.items())
+
+
+def test_lengths_are_judged_as_pairs_are(make_model, make_text):
+    """The last length's gain is an evaluation's; each length's does not depend on those before."""
+    model, train, val = make_model(), make_text(6, T + 1), make_text(5, T + 1, seed=3)
+    outcomes = list(delimiters.lengths(model, train, val, K, 1, 0, batch_size=4))
+    assert [x.choice for x in outcomes] == [(3,), (4,)] and model.reread
+    assert not model.start_embedding.any() and not model.end_embedding.any()
+    gain = summarize(score_text(model, *val, K, 1, seed=1))["gain"]
+    assert abs(outcomes[1].gain - gain) < 1e-9 and abs(gain) > 1e-4
+    model = make_model()
+    alone = [*delimiters.lengths(model, train, val, 3, 1, 0, batch_size=6)]
+    assert math.isclose(alone[0].gain, outcomes[0].gain, rel_tol=1e-9)
+    assert alone[0].gain != outcomes[1].gain
 
 
 def test_heads_learn_to_trust_what_helps(make_model):
@@ -106,5 +120,11 @@ def test_command(tmp_path, capsys):
     assert "is not the model's: prepare the data" in capsys.readouterr().err
     assert experiments.main(args) == 0  # = ( ) and newline
     assert len(capsys.readouterr().out.splitlines()) == 2 + 16
+    assert experiments.main([*args, "--reread"]) == 0
+    head, rule, *table = capsys.readouterr().out.splitlines()
+    assert head.startswith("| n_ahead | gain") and head.count("|") == rule.count("|") == 4
+    assert {row.split(" | ")[0] for row in table} == {"| 3", "| 4"}
+    assert experiments.main([*args, "--reread", "--candidates", "z"]) == 2
+    assert "candidates" in capsys.readouterr().err
     assert experiments.main(args[:3]) == 2
     assert "data must be given" in capsys.readouterr().err
