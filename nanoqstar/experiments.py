@@ -80,7 +80,10 @@ QUESTIONS = {
 TEXT = {
     MAIN: "",
     "policy weight 0: NLL terms only": "--policy_weight 0",
+    "delimiters that re-read": "--delimiters reread",
+    "delimiters that re-read, policy weight 0": "--delimiters reread --policy_weight 0",
     "no thoughts, as many updates": "--n_ahead 0",
+    "no thoughts, as many FLOPs": "--n_ahead 0 --max_steps MATCHED",
 }
 TABLES = {  # rows, preset
     "controls": (CONTROLS, "tiny"), "recipe": (RECIPE, "tiny"), "questions": (QUESTIONS, "tiny"),
