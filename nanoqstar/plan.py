@@ -1,4 +1,4 @@
-"""What an update takes before it is run: bytes by what they are for, and days.
+"""What an update takes before it is run: bytes by what they are for, and time.
 
 The arithmetic follows what the code allocates. On a CPU it is within 15% of what torch's allocator
 counts at the shapes of tests/test_plan.py; MPS runs the same code. For CUDA (bf16 products,
@@ -21,7 +21,7 @@ from nanoqstar.state import in_words
 from nanoqstar.thoughts import ThoughtLayout
 
 CARDS = {12: "", 24: "RTX 4090", 48: "L40S", 80: "H100", 141: "H200"}  # GB, and one that has them
-MFU = 0.5  # stated, not measured: the share of a card's peak that the days are counted with
+MFU = 0.5  # stated, not measured: the share of a card's peak that the time is counted with
 USABLE = 0.93  # of a device's memory: the rest is the driver's, and lost in gaps
 
 
@@ -253,7 +253,8 @@ def report(model: Qwen2Config, cfg: Any, device: torch.device) -> str:
     for size, card in CARDS.items():
         lines.append(f"{size:3} GB: " + fits(model, cfg, "cuda", size * 1e9))
         if card and lines[-1].endswith("fits"):
-            days = work / (MFU * flops.PEAKS[card]) / 86400
-            lines[-1] += (f"; {cfg.max_steps:,} updates in {days:.2f} days of one {card}"
+            hours = work / (MFU * flops.PEAKS[card]) / 3600
+            time = f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.2g} hours"
+            lines[-1] += (f"; {cfg.max_steps:,} updates in {time} of one {card}"
                           f" at {MFU:.0%} MFU (stated, not measured)")
     return "\n".join(lines)
