@@ -254,7 +254,7 @@ def report(model: Qwen2Config, cfg: Any, device: torch.device) -> str:
         lines.append(f"{size:3} GB: " + fits(model, cfg, "cuda", size * 1e9))
         if card and lines[-1].endswith("fits"):
             hours = work / (MFU * flops.PEAKS[card]) / 3600
-            time = f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.2g} hours"
+            time = f"{hours / 24:.1f} days" if hours >= 48 else f"{max(0.1, hours):.1f} hours"
             lines[-1] += (f"; {cfg.max_steps:,} updates in {time} of one {card}"
                           f" at {MFU:.0%} MFU (stated, not measured)")
     return "\n".join(lines)

@@ -333,5 +333,5 @@ def main():
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:  # --help among them: it takes no options
-        sys.exit(__doc__)
+        sys.exit(print(__doc__))
     sys.exit(main())
