@@ -257,8 +257,8 @@ H200 = TrainConfig(data="data/fineweb-edu", n_passes=4, checkpointing=1.0)
 LORA = replace(H200, lora_rank=16, learning_rate=1e-4, n_passes=2)  # the official runs' 1e-4
 PRESETS = {
     "tiny": Preset(replace(
-        FOLD_RECIPE, n_ahead=6, max_length=62, max_steps=120, batch_size=16, learning_rate=1e-3,
-        warmup_steps=10, schedule="cosine", eval_every=40, save_every=40),
+        FOLD_RECIPE, n_ahead=6, max_length=62, max_steps=110, batch_size=16, learning_rate=1e-3,
+        warmup_steps=10, schedule="cosine", eval_every=40, eval_windows=144, save_every=40),
         "2 CPU cores", "287.6 MB", "the embedded demo: thoughts become useful in minutes"),
     "tiny_reread": Preset(replace(
         FOLD_RECIPE, delimiters="reread", n_ahead=8, n_ahead_talk=1, max_length=62, max_steps=240,
