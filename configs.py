@@ -263,7 +263,7 @@ PRESETS = {
     "tiny_reread": Preset(replace(
         FOLD_RECIPE, delimiters="reread", n_ahead=8, n_ahead_talk=1, max_length=62, max_steps=240,
         batch_size=16, learning_rate=1e-3, warmup_steps=10, schedule="cosine", policy_weight=30.0,
-        embedding_lr_factor=1.0, eval_every=40, save_every=40),
+        eval_every=40, save_every=40),
         "2 CPU cores", "326.6 MB", "the same; no token was chosen to begin thoughts with"),
     "small": Preset(replace(
         FOLD_RECIPE, max_length=126, max_steps=400, batch_size=32, learning_rate=3e-4,
