@@ -32,6 +32,10 @@ MAIN = "thoughts, policy on"
 CONTROLS = {
     MAIN: "",
     "policy weight 0: NLL terms only": "--policy_weight 0",
+    "sign of the policy term turned round": "--policy_weight -10",
+    "advantages of other thoughts (shuffled)": "--shuffle_advantage true",
+    "start `(`, end from newline": "--end_init_text \\n",
+    "start from newline, end `)`": "--start_init_text \\n",
     "mixing head alone trained, thoughts untrained": "--policy_weight 0 --trainable mixing_head",
     "random thoughts (uniform letters)": "--policy_weight 0 --thoughts_from abcdefg",
     "fixed thoughts (newlines, as pause tokens)": "--policy_weight 0 --thoughts_from \\n",
