@@ -39,6 +39,8 @@ def runs(tmp_path, monkeypatch):
                     "answers": answers}, {"kind": "end"}]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
     monkeypatch.setattr(experiments.subprocess, "run", run)
+    monkeypatch.setattr(experiments.interventions, "measure", lambda run: {
+        "answers": 70.0, "problems": 60.0, "votes": 0.5 + 0.01 * int(run.name[-1])})
     return commands
 
 
@@ -59,6 +61,8 @@ def test_every_row_runs_once_on_its_seeds_base(runs, capsys):
     printed = capsys.readouterr().out
     assert len(runs) == 3 * len(experiments.CONTROLS) and "| thoughts, policy on | 3 |" in printed
     assert "91.0 ± 2.5" in printed  # 90, 91, 92: mean 91, t(2) 4.30 x 1 / sqrt(3) = 2.48
+    assert printed.endswith("| votes | 3 | 51.0 ± 2.5 |\n\nDirect answers, of so many different "
+                            "problems: 70 of 60, 70 of 60, 70 of 60\n")
     main, others = runs[:3], runs[3:]
     assert [option(c, "seed") for c in main] == ["0", "1", "2"]
     assert all(option(c, "model_path") is None for c in main)
