@@ -77,13 +77,17 @@ class TrainConfig:
                                  at_least=0, when=THOUGHTS, at_most=1e12)
     mixed_weight: float = setting(0.5, "weight of the NLL with thoughts (official: 0.5)",
                                   at_least=0, when=THOUGHTS, at_most=1e12)
-    policy_weight: float = setting(1e6, "weight of the REINFORCE term (official: 1e6)", at_least=0,
-                                   when=THOUGHTS, at_most=1e12)
+    policy_weight: float = setting(
+        1e6, "weight of the REINFORCE term; below 0, a control experiment: what helps is unlearned "
+        "(official: 1e6)", at_least=-1e12, when=THOUGHTS, at_most=1e12)
     clamp_advantage: bool = setting(True, "drop negative advantages (official: true)",
                                     when=THOUGHTS)
     normalize_advantage: bool = setting(
         False, "divide advantages by their root mean square, of each forward's own: needs "
         "grad_accum 1 (official: false)", when=THOUGHTS)
+    shuffle_advantage: bool = setting(
+        False, "control experiment: advantages go to other thoughts of their window, by one random "
+        "order (official: false)", when=THOUGHTS)
     delimiters: Literal["learned", "reread"] = setting(
         "learned", "start and end of a thought; learned: two vectors (official); reread: the "
         "embedding of the token before the thought, and of its last one, plus two vectors that "

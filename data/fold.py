@@ -30,7 +30,7 @@ import torch
 from tokenizers import Tokenizer
 
 from data.writer import write_dataset
-from nanoqstar.evaluate import Report, Row, TextScores
+from nanoqstar.evaluate import Report, Row, TextScores, standard_error
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.sampling import generate
 
@@ -217,11 +217,14 @@ def measure(scores: TextScores, *, seed: int, operands: int, operations: int,
     """Held-out answers with and without thoughts, and what the thoughts before direct answers are.
 
     scores: of windows of this corpus, choices among LETTERS.  Returns {style: {n, accuracy_base,
-    accuracy_mixed, nll_base, nll_mixed, mix}}, "thoughts": {kind: share}, "mix_elsewhere": mean
-    mixing weight off the answers; and (window, position) of a few direct answers to show.
+    accuracy_mixed, nll_base, nll_mixed, mix, problems, stderr}}, "thoughts": {kind: share},
+    "mix_elsewhere": mean mixing weight off the answers; and (window, position) of a few direct
+    answers to show.  problems: different ones among the n; stderr: of accuracy_mixed, clustered by
+    problem, None for one.
     """
     squares, n_positions = latin_squares(seed, operations), scores.base_lp.shape[1]
     rows: dict[str, list[tuple[float, ...]]] = {}
+    asked: dict[str, list[int]] = {}  # each answer's problem
     kinds, shown = {"worked": 0, "useful": 0, "restated": 0, "other": 0}, []
     elsewhere = torch.ones_like(scores.mix, dtype=torch.bool)
     for n, ids in enumerate(scores.text.tolist()):
@@ -230,6 +233,7 @@ def measure(scores: TextScores, *, seed: int, operands: int, operations: int,
             if i >= n_positions or n_operands(problem) != operands:
                 continue
             elsewhere[n, i] = False
+            asked.setdefault(style, []).append(zlib.crc32(problem.encode()))
             rows.setdefault(style, []).append((
                 scores.base_choice[n, i].item() == ids[answer],
                 scores.mixed_choice[n, i].item() == ids[answer],
@@ -243,6 +247,9 @@ def measure(scores: TextScores, *, seed: int, operands: int, operations: int,
     answers: dict[str, Any] = {
         style: {"n": len(r), **dict(zip(names, np.mean(r, axis=0).tolist()))}
         for style, r in sorted(rows.items())}
+    for style, r in rows.items():
+        right, which = torch.tensor(r)[:, 1].double(), torch.tensor(asked[style])
+        answers[style] |= {"problems": len(which.unique()), "stderr": standard_error(right, which)}
     answers["thoughts"] = {kind: n / max(1, sum(kinds.values())) for kind, n in kinds.items()}
     answers["mix_elsewhere"] = scores.mix[elsewhere].mean().item()
     return answers, shown[:4]
@@ -324,7 +331,11 @@ def remarks(answers: dict[str, Any], greedy: dict[str, Any]) -> list[str]:
     """Lines below the final table of a run with thoughts."""
     lines = []
     if "direct" in answers:
-        lines += [f"mixing weight: {answers['direct']['mix']:.2f} on direct answers, "
+        error = answers["direct"]["stderr"]
+        spread = "" if error is None else f" +- {2 * error:.1%} (2 standard errors, by problem)"
+        lines += [f"direct answers with thoughts: {answers['direct']['accuracy_mixed']:.1%} right"
+                  f"{spread}, {answers['direct']['problems']} different problems",
+                  f"mixing weight: {answers['direct']['mix']:.2f} on direct answers, "
                   f"{answers['mix_elsewhere']:.2f} off the answers",
                   f"thoughts before direct answers: {percentages(answers['thoughts'])}"]
     for name, how in (("base", "without"), ("thoughts", "with")):

@@ -10,7 +10,8 @@ trained on the untrained thoughts between them; with --reread, lengths of though
 re-read. The third trains, evaluates and compares as the
 paper does. NAME is one of
 
-  controls    is it the thoughts, and is it REINFORCE? the demo against what would explain it away
+  controls    is it the thoughts, and is it REINFORCE? the demo against what would explain it away,
+              and what its thoughts do when they are changed
   recipe      what each choice of the official recipe is worth on this task, one factor at a time
   questions   from a neutral start embedding; with ever rarer useful text
   small       the demo scaled up for one GPU: six operands, a larger model (overrides can shrink it)
@@ -33,6 +34,10 @@ MAIN = "thoughts, policy on"
 CONTROLS = {
     MAIN: "",
     "policy weight 0: NLL terms only": "--policy_weight 0",
+    "sign of the policy term turned round": "--policy_weight -10",
+    "advantages of other thoughts (shuffled)": "--shuffle_advantage true",
+    "start `(`, end from newline": "--end_init_text \\n",
+    "start from newline, end `)`": "--start_init_text \\n",
     "mixing head alone trained, thoughts untrained": "--policy_weight 0 --trainable mixing_head",
     "random thoughts (uniform letters)": "--policy_weight 0 --thoughts_from abcdefg",
     "fixed thoughts (newlines, as pause tokens)": "--policy_weight 0 --thoughts_from \\n",
@@ -170,7 +175,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanoqstar import delimiters, hf
+from nanoqstar import delimiters, hf, interventions
 from nanoqstar.dataset import TokenDataset
 from nanoqstar.device import pick_device, pick_threads
 from nanoqstar.files import LOCK, lock, read_small
@@ -271,6 +276,16 @@ def row_text(name: str, results: list[dict[str, Any]]) -> str:
     return "| " + " | ".join((name, str(len(results)), *columns)) + " |"
 
 
+def measured(runs: Sequence[Path]) -> str:
+    """A table of what interventions on the finished ones of runs come to."""
+    found = [interventions.measure(run) for run in runs if finished(run)]
+    lines = ["", "| measured on the finished runs | seeds | % |\n|---|---|---|"]
+    lines += [f"| {name} | {len(found)} | {interval([100 * x[name] for x in found], '{:.1f}')} |"
+              for name in found[0] if name not in ("answers", "problems")]
+    counts = ", ".join(f"{x['answers']:.0f} of {x['problems']:.0f}" for x in found)
+    return "\n".join([*lines, f"\nDirect answers, of so many different problems: {counts}"])
+
+
 def header(has_answers: bool) -> str:
     answers = ["base right %", "right with thoughts %", "NLL of answers", "useful thoughts %"]
     columns = ["run", "seeds", *answers * has_answers, "base NLL", "mixed NLL",
@@ -362,6 +377,8 @@ def run(table: TableConfig, overrides: list[str]) -> None:
     if complete:
         print(header("answers" in complete[0]))
         print("\n".join(row_text(row, results[row]) for row in rows if row in results))
+    if table.name == "controls" and MAIN in results:
+        print(measured([out / slug("") / f"seed-{seed}" for seed in range(table.seeds)]))
     if missing := len(rows) * table.seeds - len(complete):
         raise InputError(f"{missing} runs failed; the same command tries them again")
 

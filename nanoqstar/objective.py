@@ -1,6 +1,7 @@
 """The objective (paper 4.4): masks, reward, advantage, REINFORCE, total loss."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,12 @@ class Objective:
 
     base_weight: float = 0.5  # of the NLL without thoughts
     mixed_weight: float = 0.5  # of the NLL with thoughts
-    policy_weight: float = 1e6  # of the REINFORCE term
+    policy_weight: float = 1e6  # of the REINFORCE term; negative: turned round, a control
     clamp_advantage: bool = True  # drop negative advantages
     normalize_advantage: bool = False  # divide them by their root mean square
     reinforce_temperature: float = 3.0  # of the log-probs in the policy term
+    shuffle_advantage: bool = False  # a control: each thought has that of another
+    seed: int = 0  # of the shuffle
 
 
 @dataclass
@@ -77,6 +80,15 @@ def advantage(reward: torch.Tensor, valid: torch.Tensor, clamp: bool, normalize:
     return reward.clamp(min=0) if clamp else reward
 
 
+@lru_cache
+@torch.inference_mode(False)
+def shuffle(n: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Where each of n takes another's place, (n,) int64: one random ring, so that none keeps its
+    own (for n > 1)."""
+    ring = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return ring.roll(1)[ring.argsort()].to(device)
+
+
 def language_model_loss(hidden: torch.Tensor, head: torch.Tensor, text: torch.Tensor,
                         docs: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Mean NLL of continued pre-training without thoughts.
@@ -124,6 +136,9 @@ def quiet_star_loss(states: States, head: torch.Tensor, text: torch.Tensor, thou
     mixed_lp = torch.where(states.mix.detach() == 0, base_ahead, mixed_lp)
     reward = (mixed_lp - base_ahead).sum(-1)
     adv = advantage(reward, valid.policy, objective.clamp_advantage, objective.normalize_advantage)
+    if objective.shuffle_advantage:  # over passes and positions of each window, always alike
+        others = shuffle(adv[0].numel(), objective.seed, adv.device)
+        adv = adv.flatten(1)[:, others].view_as(adv) * valid.policy[:, None]
     # the other thoughts have no gradient
     live = (adv.flatten() * bool(objective.policy_weight)).nonzero()[:, 0]
     share = 1 / (n_passes * policy_count)

@@ -33,7 +33,7 @@ from nanoqstar import InputError
     ({"threads": 1_000_000}, "--threads: must be at most 1,024"),
     ({"fold_worked_frac": 0.8}, "more than 1"),
     ({"seed": True}, "expected int"),
-    ({"policy_weight": -1.0}, "--policy_weight: must be at least 0"),
+    ({"policy_weight": -2e12}, "--policy_weight: must be at least -1,000,000,000,000"),
     ({"fold_operands": 1}, "--fold_operands: must be at least 2"),
     ({"max_steps": math.inf}, "expected int"),
     ({"thought_temperature": 1e-300}, "--thought_temperature: must be at least 0.001"),

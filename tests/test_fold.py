@@ -220,9 +220,12 @@ def test_measure_by_hand():
     answers, shown = fold.measure(scores, **OURS)
     assert answers["direct"] == pytest.approx({
         "n": 3, "accuracy_base": 1 / 3, "accuracy_mixed": 2 / 3, "nll_base": 3.0, "nll_mixed": 2.0,
-        "mix": 0.5})
+        "mix": 0.5, "problems": 2,
+        # of right, right, wrong: abcd's two and gfed's one are off the mean by -1/3 and 1/3
+        "stderr": (2 / 1 * (1 / 9 + 1 / 9)) ** 0.5 / 3})
     assert answers["restated"] == {"n": 1, "accuracy_base": 1.0, "accuracy_mixed": 1.0,
-                                   "nll_base": 1.0, "nll_mixed": 0.125, "mix": 0.375}
+                                   "nll_base": 1.0, "nll_mixed": 0.125, "mix": 0.375,
+                                   "problems": 1, "stderr": None}
     assert "worked" not in answers
     assert shown == list(direct)
     assert answers["thoughts"] == pytest.approx(
@@ -331,7 +334,7 @@ def test_greedy_answers_of_a_real_model(make_model):
 
 ANSWERS = {
     "direct": {"n": 7, "accuracy_base": 0.08, "accuracy_mixed": 0.99, "nll_base": 2.4,
-               "nll_mixed": 0.8, "mix": 0.64},
+               "nll_mixed": 0.8, "mix": 0.64, "problems": 3, "stderr": 0.011},
     "worked": {"n": 5, "accuracy_base": 1.0, "accuracy_mixed": 0.95, "nll_base": 0.06,
                "nll_mixed": 0.18, "mix": 0.1},
     "thoughts": {"worked": 0.97, "useful": 0.0, "restated": 0.01, "other": 0.02},
@@ -360,6 +363,8 @@ def test_its_part_of_the_table():
     assert labels[3].startswith("worked answers right")
     assert labels[4] == "worked answers, NLL"
     assert fold.remarks(ANSWERS, GREEDY) == [
+        "direct answers with thoughts: 99.0% right +- 2.2% (2 standard errors, by problem), "
+        "3 different problems",
         "mixing weight: 0.64 on direct answers, -0.05 off the answers",
         "thoughts before direct answers: worked 97%, useful 0%, restated 1%, other 2%",
         "greedy answers without thoughts: direct 50%, restated 50%, worked 0%, other 0%",

@@ -327,6 +327,7 @@ def our_loss(states, head, docs=DOCS, **kwargs):
 @pytest.mark.parametrize("chunk", [1, 2**22])
 @pytest.mark.parametrize("change", [
     {}, dict(clamp_advantage=False), dict(policy_weight=1e6), dict(policy_weight=0.0),
+    dict(policy_weight=-2.0),
     dict(base_weight=0.0), dict(reinforce_temperature=1.0)], ids=str)
 def test_loss_and_gradients_by_definition(monkeypatch, change, chunk):
     """Rewards are constants: the oracle takes them as numbers."""
@@ -376,10 +377,12 @@ def test_the_policy_gradient_reaches_every_sampled_token():
     assert torch.equal((states.thought.grad != 0).any(-1), live[..., None].expand(-1, -1, -1, S))
 
 
-def test_likelier_good_thoughts_lower_the_loss():
-    """And likelier bad ones raise it, where the clamp lets them count; rewards do not move."""
+@pytest.mark.parametrize("sign", [1, -1])
+def test_likelier_good_thoughts_lower_the_loss(sign):
+    """And likelier bad ones raise it, where the clamp lets them count; rewards do not move. With a
+    negative weight, the control, it is the other way round."""
     states, head = random_states(), randn(V, D, seed=HEAD_SEED)
-    weights = dict(base_weight=0.0, mixed_weight=0.0, clamp_advantage=False)
+    weights = dict(base_weight=0.0, mixed_weight=0.0, clamp_advantage=False, policy_weight=sign)
     before, parts = our_loss(states, head, **weights)
     log_pi = log_probs_of(states.thought, head, THOUGHTS, WEIGHTS["reinforce_temperature"], BANNED)
     (uphill,) = torch.autograd.grad(log_pi.sum(), states.thought)
@@ -389,7 +392,30 @@ def test_likelier_good_thoughts_lower_the_loss():
             moved[b, p, i, k] += 0.01 * uphill[b, p, i, k]
             states_after = States(states.base, moved, states.mixed, states.mix)
             after, _ = our_loss(states_after, head, **weights)
-            assert (after < before) == (parts["advantage"][b, p, i] > 0)
+            assert (after < before) == (sign * parts["advantage"][b, p, i] > 0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_shuffled_advantages_are_those_of_other_thoughts(seed):
+    """Of the same window, each once and none its own; where nothing counts none is given out."""
+    others = objective.shuffle(P * T, seed, torch.device("cpu")).tolist()
+    assert sorted(others) == [*range(P * T)] and all(k != other for k, other in enumerate(others))
+    assert others != objective.shuffle(P * T, 1 - seed, torch.device("cpu")).tolist()
+    docs = torch.tensor([[0, 0, 0, 1, 1, 1], [2, 2, 2, 2, 2, 2]])  # the second counts everywhere
+    states, head = random_states(), randn(V, D, seed=HEAD_SEED)
+    weights = dict(base_weight=0.0, mixed_weight=0.0, clamp_advantage=False, seed=seed)
+    _, parts = our_loss(states, head, docs, **weights)
+    loss, shuffled = our_loss(states, head, docs, shuffle_advantage=True, **weights)
+    assert torch.equal(shuffled["reward"], parts["reward"])
+    log_pi, total = log_probs_of(states.thought, head, THOUGHTS, 3.0, BANNED), 0.0
+    for b, valid in enumerate(Valid.from_docs(docs, A).policy):
+        for k, other in enumerate(others):
+            (p, i), (its_pass, its_position) = divmod(k, T), divmod(other, T)
+            given = parts["advantage"][b, its_pass, its_position] if valid[i] else 0.0
+            assert shuffled["advantage"][b, p, i] == given
+            total = total - given * log_pi[b, p, i].mean()
+    expected = WEIGHTS["policy_weight"] * total / (P * Valid.from_docs(docs, A).policy.sum())
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
 def test_counts_of_a_larger_update_divide():
