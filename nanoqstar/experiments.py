@@ -2,12 +2,14 @@
                                   [-- OVERRIDES]
 python -m nanoqstar.experiments delimiters --model_path MODEL --data FOLDER [--key value ..]
 python -m nanoqstar.experiments paper [--preset NAME] [--key value ..] [-- OVERRIDES]
+python -m nanoqstar.experiments depth [--seeds N] [--jobs N] [--out FOLDER] [-- OVERRIDES]
 
 The first runs every row of a table over seeds and prints it: mean and 95% interval per row. A run
 that is finished is never repeated, so an interrupted table goes on where it stopped. The second
 ranks pairs of tokens for start_init_text and end_init_text: for each pair the mixing head alone is
 trained on the untrained thoughts between them. The third trains, evaluates and compares as the
-paper does. NAME is one of
+paper does. The fourth maps how long a thought has to be, by steps and layers, beside plain training
+of as many FLOPs and four times as many; tables and map.svg. NAME is one of
 
   controls    is it the thoughts, and is it REINFORCE? the demo against what would explain it away
   recipe      what each choice of the official recipe is worth on this task, one factor at a time
@@ -105,6 +107,16 @@ class TableConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DepthConfig:
+    seeds: int = cli.setting(1, "runs of each cell", at_least=1, at_most=max(T95))
+    jobs: int = cli.setting(2, "runs at a time", at_least=1)
+    out: str = cli.setting("out/experiments", "folder of all runs")
+
+    def __post_init__(self) -> None:
+        cli.check(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     model_path: str = cli.setting(dataclasses.MISSING, "folder or Hub id of the model", at_least=1)
     data: str = cli.setting(dataclasses.MISSING, "prepared folder", at_least=1)
@@ -126,22 +138,35 @@ class SearchConfig:
 def read(args: list[str]) -> tuple[TableConfig, list[str]]:
     """Command line -> (the table, overrides that suit its preset)."""
     cut = args.index("--") if "--" in args else len(args)
-    table, overrides = cli.settings(TableConfig, args[:cut], str(__doc__), "name"), args[cut + 1:]
+    table = cli.settings(TableConfig, args[:cut], str(__doc__), "name")
+    return table, checked(args[cut + 1:], TABLES[table.name][1])
+
+
+def read_depth(args: list[str]) -> tuple[DepthConfig, list[str]]:
+    """Command line -> (the map, overrides that suit its preset)."""
+    cut = args.index("--") if "--" in args else len(args)
+    return cli.settings(DepthConfig, args[:cut], str(__doc__)), checked(args[cut + 1:], "tiny")
+
+
+def checked(overrides: list[str], preset: str) -> list[str]:
+    """Overrides that suit a preset, or InputError."""
     try:
         from configs import PRESETS, TrainConfig
     except ModuleNotFoundError:  # installed without its scripts
         raise InputError("train.py is not here: run this from the root of a clone") from None
-    cli.settings(TrainConfig, overrides, "Overrides:", base=PRESETS[TABLES[table.name][1]].config)
+    cli.settings(TrainConfig, overrides, "Overrides:", base=PRESETS[preset].config)
     for name in cli.parse(TrainConfig, overrides):
         if name in GIVEN:
             raise InputError(f"--{name} is set by the table: leave it out after --")
-    return table, overrides
+    return overrides
 
 
 def main(args: list[str]) -> int:
     """The exit code of a command line."""
     if args[:1] == ["paper"]:
         return cli.command(args[1:], paper.read, "nanoqstar.paper:run")
+    if args[:1] == ["depth"]:
+        return cli.command(args[1:], read_depth, "nanoqstar.depth:run")
     if args[:1] == ["delimiters"]:
         return cli.command(args[1:], lambda a: (cli.settings(SearchConfig, a, str(__doc__)),),
                            "nanoqstar.experiments:search")
