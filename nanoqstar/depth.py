@@ -36,7 +36,7 @@ Cells = dict[tuple[int, str], float]  # (operands, column): share of right direc
 
 def plan(n_layers: int, base: Path, common: dict[str, Any], preset: Any) -> list[Run]:
     """The runs of a depth, the one that makes the base of the others first."""
-    updates = matched_steps(replace(preset, **common, n_ahead=SAMPLED[-1] + 2))
+    updates = matched_steps(replace(preset, **common | {"n_ahead": SAMPLED[-1] + 2}))
     start = {"model_path": str(base)}
     return [("base", {"n_layers": n_layers, "n_ahead": 0, "max_steps": 1}),
             *((str(s), {**start, "n_ahead": s + 2}) for s in SAMPLED),
