@@ -24,9 +24,9 @@ from nanoqstar.plot import DARK, LIGHT
 LAYERS, OPERANDS, SAMPLED = (1, 2, 4), range(2, 9), range(1, 9)
 TEXT = {"fold_shortest": OPERANDS[0], "fold_operands": OPERANDS[-1], "fold_worked_frac": 0.3,
         "fold_restated_frac": 0.1, "fold_tokens": 3_000_000, "pretrain_steps": 1500,
-        "max_length": 94, "batch_size": 8, "max_steps": 80, "eval_windows": 384,
+        "max_length": 94, "batch_size": 8, "max_steps": 80, "eval_windows": 384,  # S = 8
         "max_base_rise": None, "eval_every": 10**6, "save_every": 10**6}
-PLAIN = {"plain": 1, "plain-4": 4}  # times the FLOPs of the longest thoughts
+PLAIN = {"plain": 1, "plain-4": 4}  # times the FLOPs of thinking
 COLUMNS = ("base", *PLAIN, *map(str, SAMPLED))
 CELL, LEFT, TOP = 25, 66, 78  # of the picture
 
@@ -35,12 +35,21 @@ Cells = dict[tuple[int, str], float]  # (operands, column): share of right direc
 
 
 def plan(n_layers: int, base: Path, common: dict[str, Any], preset: Any) -> list[Run]:
-    """The runs of a depth, the one that makes the base of the others first."""
-    updates = matched_steps(replace(preset, **common | {"n_ahead": SAMPLED[-1] + 2}))
-    start = {"model_path": str(base)}
+    """The runs of a depth, the one that makes the base of the others first.
+
+    Shorter thoughts learn for more updates, so that all columns cost the same FLOPs.
+    """
+    cfg = replace(preset, **common)
+
+    def plain_updates(sampled: int, updates: int) -> int:
+        return matched_steps(replace(cfg, n_ahead=sampled + 2, max_steps=updates))
+
+    start, flops = {"model_path": str(base)}, plain_updates(SAMPLED[-1], cfg.max_steps)
     return [("base", {"n_layers": n_layers, "n_ahead": 0, "max_steps": 1}),
-            *((str(s), {**start, "n_ahead": s + 2}) for s in SAMPLED),
-            *((name, {**start, "n_ahead": 0, "max_steps": n * updates})
+            *((str(s), {**start, "n_ahead": s + 2,
+                        "max_steps": round(1000 * flops / plain_updates(s, 1000))})
+              for s in SAMPLED),
+            *((name, {**start, "n_ahead": 0, "max_steps": n * flops})
               for name, n in PLAIN.items())]
 
 
@@ -98,7 +107,7 @@ def picture(depths: Mapping[int, Cells]) -> str:
         body += [f'<g transform="translate({LEFT + i * gap} 0)">',
                  *panel(cells, f"{n_layers} layer" + "s" * (n_layers > 1)), "</g>"]
     body.append(f'<text x="{width / 2:g}" y="{height - 10}" class="mid small">1×, 4×: trained '
-                'without thoughts for as many FLOPs as S = 8, and for four times as many. '
+                'without thoughts for as many FLOPs, and for four times as many. '
                 'Line: S = operands.</text>')
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',

@@ -14,6 +14,7 @@ of as many FLOPs and four times as many; tables and map.svg. NAME is one of
   controls    is it the thoughts, and is it REINFORCE? the demo against what would explain it away
   recipe      what each choice of the official recipe is worth on this task, one factor at a time
   questions   from a neutral start embedding; with ever rarer useful text
+  families    other text: where steps pay (pointers to follow, sums) and where not (a table)
   small       the demo scaled up for one GPU: six operands, a larger model (overrides can shrink it)
   text        real text (--data FOLDER from data/prepare.py), against continued training without
               thoughts
@@ -78,6 +79,12 @@ QUESTIONS = {
     "1% worked lines": "--fold_worked_frac 0.01",
     "1% worked lines, pre-trained three times as long": "--fold_worked_frac 0.01" + LONGER,
 }
+FAMILY = ("--fold_worked_frac 0.3 --fold_restated_frac 0.1 --fold_tokens 3000000 --max_length 94 "
+          "--batch_size 8 --max_steps 80 --fold_family ")
+KINDS = {"chase": "chase --pretrain_steps 2000", "sum, one layer": "sum --pretrain_steps 1000 "
+         "--n_layers 1", "sum": "sum --pretrain_steps 1000", "table": "table --pretrain_steps 600"}
+FAMILIES = {f"{kind}: {name}": FAMILY + text + more for kind, text in KINDS.items()
+            for name, more in ((MAIN, ""), ("policy weight 0", " --policy_weight 0"))}
 TEXT = {
     MAIN: "",
     "policy weight 0: NLL terms only": "--policy_weight 0",
@@ -85,6 +92,7 @@ TEXT = {
 }
 TABLES = {  # rows, preset
     "controls": (CONTROLS, "tiny"), "recipe": (RECIPE, "tiny"), "questions": (QUESTIONS, "tiny"),
+    "families": (FAMILIES, "tiny"),
     "small": (TEXT, "small"), "text": (TEXT, "text")}
 OWN_TEXT = ("fold_", "pretrain_")  # a row that changes these pre-trains its own base
 GIVEN = ("data", "out_dir", "seed")  # by the table to every run
@@ -92,7 +100,7 @@ GIVEN = ("data", "out_dir", "seed")  # by the table to every run
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableConfig:
-    name: Literal["controls", "recipe", "questions", "small", "text"] = cli.setting(
+    name: Literal["controls", "recipe", "questions", "families", "small", "text"] = cli.setting(
         dataclasses.MISSING, "the table")
     seeds: int = cli.setting(2, "runs of each row", at_least=1, at_most=max(T95))
     jobs: int = cli.setting(2, "runs at a time", at_least=1)
