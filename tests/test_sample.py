@@ -288,7 +288,8 @@ def test_other_models_and_garbled_settings_show_no_lines_of_the_demo(config):
 
 @pytest.mark.parametrize(("family", "letters"), [("fold", 4), ("chase", 8), ("sum", 8)])
 def test_the_lines_shown_are_of_the_models_own_family(family, letters):
-    prompt = sample.hint(byte_tokenizer("<|endoftext|>"), FOLD | {"fold_family": family}).split()[-1]
+    shown = sample.hint(byte_tokenizer("<|endoftext|>"), FOLD | {"fold_family": family})
+    prompt = shown.split()[-1]
     assert len(prompt) == letters + 1 and fold.held_out(prompt[:-1])
 
 
