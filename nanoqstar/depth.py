@@ -25,7 +25,7 @@ LAYERS, OPERANDS, SAMPLED = (1, 2, 4), range(2, 9), range(1, 9)
 TEXT = {"fold_shortest": OPERANDS[0], "fold_operands": OPERANDS[-1], "fold_worked_frac": 0.3,
         "fold_restated_frac": 0.1, "fold_tokens": 3_000_000, "pretrain_steps": 1500,
         "max_length": 94, "batch_size": 8, "max_steps": 80, "eval_windows": 384,  # S = 8
-        "max_base_rise": None, "eval_every": 10**6, "save_every": 10**6}
+        "embedding_lr_factor": 1.0, "max_base_rise": None, "eval_every": 10**6, "save_every": 10**6}
 PLAIN = {"plain": 1, "plain-4": 4}  # times the FLOPs of thinking
 COLUMNS = ("base", *PLAIN, *map(str, SAMPLED))
 CELL, LEFT, TOP = 25, 66, 78  # of the picture
