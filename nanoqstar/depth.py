@@ -155,7 +155,7 @@ def run(cfg: Any, overrides: list[str]) -> None:
                      for name, runs in own.items() for n in OPERANDS}
             if own:
                 counts = {n: next(iter(own.values()))[0][str(n)]["direct"]["n"] for n in OPERANDS}
-                print(f"\n{n_layers} layers\n\n{table(cells, counts)}")
+                print(f"\nlayers: {n_layers}\n\n{table(cells, counts)}")
                 depths[n_layers] = cells
         if depths:
             (out / "map.svg").write_text(picture(depths))

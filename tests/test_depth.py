@@ -48,7 +48,7 @@ def runs(tmp_path, monkeypatch):
 
 def rows(printed):
     """{(layers, operands): cells} of the printed tables."""
-    tables = re.split(r"\n(\d) layers\n", printed)[1:]
+    tables = re.split(r"\nlayers: (\d)\n", printed)[1:]
     return {(int(n), int(cells[0])): cells for n, table in zip(tables[::2], tables[1::2])
             for cells in ([c.strip() for c in line.strip("|").split("|")]
                           for line in table.splitlines() if re.match(r"\| \d", line))}
