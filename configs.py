@@ -151,7 +151,13 @@ class TrainConfig:
                                             when=NEW_MODEL, at_most=1000)
 
     # ---- the embedded corpus
+    fold_family: Literal["fold", "chase", "sum", "table"] = setting(
+        "fold", "folds, or another family of text: pointers to follow fold_operands times, numbers "
+        "of fold_operands digits to add, answers from a table (data/fold.py)", when=FOLD)
     fold_operands: int = setting(4, "letters of a problem", at_least=2, at_most=8, when=FOLD)
+    fold_shortest: int | None = setting(
+        None, "problems have from so many letters to fold_operands; none: all have fold_operands",
+        at_least=2, when=When("folds", lambda c: c.data == "fold" and c.fold_family == "fold"))
     fold_operations: int = setting(1, "Latin squares; several have signs between the operands, as "
                                    "in a*b+c", at_least=1, at_most=4, when=FOLD)
     fold_ordinary_frac: float = setting(0.0, "share of lines that are ordinary text (docstrings of "
@@ -198,6 +204,11 @@ class TrainConfig:
             raise InputError(f"hidden_size={self.hidden_size}, n_heads={self.n_heads}, n_kv_heads="
                              f"{self.n_kv_heads}: heads must divide the width into even parts, and "
                              "kv heads the heads")
+        if (self.fold_shortest or 0) > self.fold_operands:
+            raise InputError(f"fold_shortest={self.fold_shortest}: at most fold_operands="
+                             f"{self.fold_operands}")
+        if self.fold_family != "fold" and self.fold_operations > 1:
+            raise InputError(f"fold_family={self.fold_family}: only folds have several operations")
         if self.fold_worked_frac + self.fold_restated_frac > 1:
             raise InputError("fold_worked_frac + fold_restated_frac is more than 1")
         if self.n_ahead == 0 and self.trainable != "all":

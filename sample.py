@@ -82,8 +82,10 @@ def hint(tokenizer: Tokenizer, config: dict[str, Any]) -> str:
     if known:
         lines.append(f"the model knows the characters {known}")
     operands, operations = config.get("fold_operands", 0), config.get("fold_operations", 0)
-    if config.get("data") == "fold" and operands in range(2, 9) and operations in range(1, 5):
-        prompt = fold.example_prompt(operands, operations, 0)
+    family = config.get("fold_family", "fold")
+    if config.get("data") == "fold" and operands in range(2, 9) and operations in range(1, 5) \
+            and family in fold.FAMILIES:
+        prompt = fold.example_prompt(operands, operations, 0, family)
         lines.append(f"the demo's lines begin like {prompt}")
     return "; ".join(lines)
 

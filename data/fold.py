@@ -9,7 +9,17 @@ A small model cannot compute the fold in one forward pass, but can step by step;
 both useful asides after `=(` and useless ones.  Problems whose hash is 0 mod 10 are held out: no
 training line of any style contains them.  With several operations each has its own square and its
 sign stands between the operands, as in a*b+c; lines of ordinary text (the docstrings of Python's
-standard library) may be mixed in.
+standard library) may be mixed in.  With problems of several lengths, each comes equally often, and
+the shorter ones are filled up with `=`, so that an operand stands as far before its step in all.
+
+Other families of text have the same lines, and other problems and steps:
+
+    chase    a list of where each letter leads, in one circle, and a letter; steps: where it leads,
+             where that leads ..; the last one is the answer
+    sum      two numbers of digits a, b, c (0, 1, 2), the lowest digit first; steps: the total of
+             each column and what is carried into it, a to f; half of all columns pass a carry on
+    table    a problem as in a fold, whose answer stands in a table for its first and last letter;
+             steps: the other letters in reverse, and the answer, to which they do not help
 
 First the text, then its answers and what they add to the lines that a run prints.
 """
@@ -18,10 +28,10 @@ import ast
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import product
+from itertools import cycle, islice, permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +47,7 @@ from nanoqstar.sampling import generate
 LETTERS = "abcdefg"
 CHOICES = range(len(LETTERS))  # their ids, among which an answer is chosen
 SIGNS = "*+-/"
+FAMILIES = ("fold", "chase", "sum", "table")
 STYLES = ("direct", "restated", "worked")
 MAX_POOL = 100_000  # problems a text draws from, where there are more
 MAX_DOCUMENT = 2**25  # characters of a document: what is held in memory at once
@@ -72,20 +83,55 @@ def solve(problem: str, squares: dict[str, np.ndarray]) -> str:
     return "".join(LETTERS[s] for s in steps)
 
 
+def solver(seed: int, operands: int, operations: int = 1, family: str = "fold",
+           ) -> Callable[[str], str]:
+    """What gives the steps of a problem of this family, as letters; the last one is the answer."""
+    index, squares = LETTERS.index, latin_squares(seed, operations)
+    answers = np.random.default_rng([seed, 4]).integers(len(LETTERS), size=(len(LETTERS),) * 2)
+
+    def chase(problem: str) -> str:
+        steps = problem[-1]
+        while len(steps) <= operands:
+            steps += problem[index(steps[-1])]
+        return steps[1:]
+
+    def add(problem: str) -> str:
+        steps, total = "", 0
+        for a, b in zip(problem[:operands], problem[operands:]):
+            total = index(a) + index(b) + (total >= 3)
+            steps += LETTERS[total]
+        return steps
+
+    def look_up(problem: str) -> str:
+        return problem[:0:-1] + LETTERS[answers[index(problem[0]), index(problem[-1])]]
+
+    return {"fold": lambda problem: solve(problem, squares), "chase": chase, "sum": add,
+            "table": look_up}[family]
+
+
 def held_out(problem: str) -> bool:
     return zlib.crc32(problem.encode()) % 10 == 0
 
 
-def problems(operands: int, operations: int = 1, seed: int = 0) -> tuple[list[str], list[str]]:
-    """All problems, or MAX_POOL random ones of more: (for training, held out)."""
+def problems(operands: int, operations: int = 1, seed: int = 0, family: str = "fold",
+             at_most: int = MAX_POOL) -> tuple[list[str], list[str]]:
+    """All problems, or at_most random ones of more: (for training, held out)."""
     signs = SIGNS[:operations] if operations > 1 else [""]
-    slots = [LETTERS, *[signs, LETTERS] * (operands - 1)]
-    if np.prod([len(s) for s in slots], dtype=float) <= MAX_POOL:
+    slots: list[Any] = [LETTERS, *[signs, LETTERS] * (operands - 1)]
+    if family == "chase":  # the circle a -> x -> .. -> a as a list: where a leads, where b leads ..
+        circles = [dict(zip("a" + "".join(p), (*p, "a"))) for p in permutations(LETTERS[1:])]
+        slots = [["".join(c[x] for x in LETTERS) for c in circles], LETTERS]
+    elif family == "sum":  # columns; those that pass a carry on stand twice
+        columns = ["".join(c) for c in product("abc", repeat=2)]
+        slots = [[*columns, "ac", "bb", "ca"]] * operands
+    if np.prod([len(s) for s in slots], dtype=float) <= at_most:
         everything = ["".join(p) for p in product(*slots)]
     else:
         rng = np.random.default_rng([seed, 3])
-        columns = [np.array(list(s))[rng.integers(len(s), size=MAX_POOL)] for s in slots]
-        everything = sorted(set(map("".join, zip(*columns))))
+        drawn = [np.array(list(s))[rng.integers(len(s), size=at_most)] for s in slots]
+        everything = sorted(set(map("".join, zip(*drawn))))
+    if family == "sum":
+        everything = [p[::2] + p[1::2] for p in everything]
     return [p for p in everything if not held_out(p)], [p for p in everything if held_out(p)]
 
 
@@ -101,16 +147,22 @@ def ordinary_lines() -> list[str]:
 
 
 def blocks(seed: int, split: str, operands: int = 4, worked: float = 0.1, restated: float = 0.3,
-           operations: int = 1, ordinary: float = 0.0) -> Iterator[np.ndarray]:
+           operations: int = 1, ordinary: float = 0.0, shortest: int | None = None,
+           family: str = "fold") -> Iterator[np.ndarray]:
     """The text without end, a thousand lines at a time, each block a uint8 array of ASCII.
 
     Lines of the split's problems ('train' or 'val': held out); a share `ordinary` of ordinary text
     among them, a tenth of whose lines appears in 'val' alone.
     """
-    squares = latin_squares(seed, operations)
-    pool = problems(operands, operations, seed)[split == "val"]
-    solved = ((p, solve(p, squares)) for p in pool)
-    lines = [f"{p}={aside}{s[-1]}\n" for p, s in solved for aside in ("", f"({p})", f"({s})")]
+    steps, counts = solver(seed, operands, operations, family), range(shortest or operands,
+                                                                       operands + 1)
+    pools = [problems(n, operations, seed, family, MAX_POOL // len(counts))[split == "val"]
+             for n in counts]
+    pool = [p for some in pools for p in islice(cycle(some), max(map(len, pools)))]
+    longest = max(map(len, pool))
+    solved = ((p, steps(p)) for p in pool)
+    lines = [f"{p:=<{longest}}={aside}{s[-1]}\n" for p, s in solved
+             for aside in ("", f"({p})", f"({s})")]
     if ordinary:
         lines += [line for line in ordinary_lines() if held_out(line) == (split == "val")]
     stored = np.frombuffer("".join(lines).encode(), dtype=np.uint8)
@@ -181,7 +233,7 @@ def find_answers(window: str) -> list[tuple[str, int, str]]:
     after the window's first newline; the answer at index k is predicted at k - 1.
     """
     found = []
-    for line in re.finditer(r"(?<=\n)([a-g*+/-]+)=(?:\(([a-g*+/-]+)\))?([a-g])(?=\n|$)", window):
+    for line in re.finditer(r"(?<=\n)([a-g*+/-]+)=+(?:\(([a-g*+/-]+)\))?([a-g])(?=\n|$)", window):
         problem, aside, _ = line.groups()
         style = "direct" if aside is None else "restated" if aside == problem else "worked"
         found.append((style, line.start(3), problem))
@@ -196,6 +248,12 @@ def decode(ids: list[int], operations: int) -> str:
 
 def n_operands(problem: str) -> int:
     return sum(map(LETTERS.count, problem))
+
+
+def sizes(operands: int, shortest: int | None = None, family: str = "fold") -> range:
+    """How many letters problems have."""
+    longest = {"chase": len(LETTERS) + 1, "sum": 2 * operands}.get(family, operands)
+    return range(shortest or longest, longest + 1)
 
 
 def kind_of_thought(thought: str, problem: str, steps: str) -> str:
@@ -213,51 +271,61 @@ def kind_of_thought(thought: str, problem: str, steps: str) -> str:
 
 
 def measure(scores: TextScores, *, seed: int, operands: int, operations: int,
+            shortest: int | None = None, family: str = "fold",
             ) -> tuple[dict[str, Any], list[tuple[int, int]]]:
     """Held-out answers with and without thoughts, and what the thoughts before direct answers are.
 
     scores: of windows of this corpus, choices among LETTERS.  Returns {style: {n, accuracy_base,
     accuracy_mixed, nll_base, nll_mixed, mix, problems, stderr}}, "thoughts": {kind: share},
-    "mix_elsewhere": mean mixing weight off the answers; and (window, position) of a few direct
-    answers to show.  problems: different ones among the n; stderr: of accuracy_mixed, clustered by
-    problem, None for one.
+    "mix_elsewhere": mean mixing weight off the answers; with problems of several lengths
+    "by_operands": {operands: {style: {n, accuracy_base, accuracy_mixed}}}; and (window, position)
+    of a few direct answers to show.  problems: different ones among the n; stderr: of
+    accuracy_mixed, clustered by problem, None for one.
     """
-    squares, n_positions = latin_squares(seed, operations), scores.base_lp.shape[1]
+    steps, n_positions = solver(seed, operands, operations, family), scores.base_lp.shape[1]
+    known = sizes(operands, shortest, family)
     rows: dict[str, list[tuple[float, ...]]] = {}
     asked: dict[str, list[int]] = {}  # each answer's problem
+    by_operands: dict[str, dict[str, list[tuple[bool, bool]]]] = {str(n): {} for n in known}
     kinds, shown = {"worked": 0, "useful": 0, "restated": 0, "other": 0}, []
     elsewhere = torch.ones_like(scores.mix, dtype=torch.bool)
     for n, ids in enumerate(scores.text.tolist()):
         for style, answer, problem in find_answers(decode(ids, operations)):
             i = answer - 1
-            if i >= n_positions or n_operands(problem) != operands:
+            if i >= n_positions or n_operands(problem) not in known:
                 continue
             elsewhere[n, i] = False
             asked.setdefault(style, []).append(zlib.crc32(problem.encode()))
+            right = (scores.base_choice[n, i].item() == ids[answer],
+                     scores.mixed_choice[n, i].item() == ids[answer])
+            by_operands[str(n_operands(problem))].setdefault(style, []).append(right)
             rows.setdefault(style, []).append((
-                scores.base_choice[n, i].item() == ids[answer],
-                scores.mixed_choice[n, i].item() == ids[answer],
-                -scores.base_lp[n, i].item(), -scores.mixed_lp[n, i].item(),
+                *right, -scores.base_lp[n, i].item(), -scores.mixed_lp[n, i].item(),
                 scores.mix[n, i].item()))
             if style == "direct" and scores.thoughts.shape[-1]:
                 thought = decode(scores.thoughts[n, i].tolist(), operations)
-                kinds[kind_of_thought(thought, problem, solve(problem, squares))] += 1
+                kinds[kind_of_thought(thought, problem, steps(problem))] += 1
                 shown.append((n, i))
     names = ("accuracy_base", "accuracy_mixed", "nll_base", "nll_mixed", "mix")
     answers: dict[str, Any] = {
         style: {"n": len(r), **dict(zip(names, np.mean(r, axis=0).tolist()))}
         for style, r in sorted(rows.items())}
     for style, r in rows.items():
-        right, which = torch.tensor(r)[:, 1].double(), torch.tensor(asked[style])
-        answers[style] |= {"problems": len(which.unique()), "stderr": standard_error(right, which)}
+        hits, which = torch.tensor(r)[:, 1].double(), torch.tensor(asked[style])
+        answers[style] |= {"problems": len(which.unique()), "stderr": standard_error(hits, which)}
     answers["thoughts"] = {kind: n / max(1, sum(kinds.values())) for kind, n in kinds.items()}
+    if shortest is not None:
+        answers["by_operands"] = {
+            n: {style: {"n": len(r), **dict(zip(names, np.mean(r, axis=0).tolist()))}
+                for style, r in sorted(of.items())} for n, of in by_operands.items()}
     answers["mix_elsewhere"] = scores.mix[elsewhere].mean().item()
     return answers, shown[:4]
 
 
 @torch.no_grad()
 def greedy_answers(model: QuietStar, text: torch.Tensor, n_ahead: int, *, seed: int, operands: int,
-                   operations: int, max_problems: int = 100) -> dict[str, Any]:
+                   operations: int, shortest: int | None = None, family: str = "fold",
+                   max_problems: int = 100) -> dict[str, Any]:
     """What greedy decoding from the whole vocabulary answers to different held-out problems.
 
     text: (n, T+A) ids of val windows.  A prompt is a window up to the `=` of a problem new to it,
@@ -266,19 +334,20 @@ def greedy_answers(model: QuietStar, text: torch.Tensor, n_ahead: int, *, seed: 
     of {right, direct, restated, worked, other}: how it answers, other being no line of this text.
     Empty where no window holds a problem and room for its answer.
     """
-    room = operands + (operands - 1) * (operations > 1) + len("()r\n")
+    known = sizes(operands, shortest, family)
+    room = known[-1] + (operands - 1) * (operations > 1) + len("()r\n")
     found: dict[str, list[int]] = {}  # the longest prompt: as in training, lines come before it
     for ids in text.tolist():
         window = decode(ids, operations)
-        for match in re.finditer(r"(?<=\n)([a-g*+/-]+)=", window):
+        for match in re.finditer(r"(?<=\n)([a-g*+/-]+)=+", window):
             problem, end = match[1], match.end()
-            if (n_operands(problem) == operands and end + room <= len(window)
+            if (n_operands(problem) in known and end + room <= len(window)
                     and window.count(f"{problem}=", 0, end) == 1):
                 found[problem] = max(found.get(problem, []), ids[:end], key=len)
     prompts = dict(sorted(found.items(), key=lambda x: -len(x[1]))[:max_problems])
     if not prompts:
         return {}
-    squares, device = latin_squares(seed, operations), model.lm.head_weight.device
+    steps_of, device = solver(seed, operands, operations, family), model.lm.head_weight.device
 
     def shares(n_ahead):
         steps = generate(model, list(prompts.values()), room, n_ahead, temperature=0,
@@ -289,7 +358,7 @@ def greedy_answers(model: QuietStar, text: torch.Tensor, n_ahead: int, *, seed: 
             line, newline, _ = decode(ids, operations).partition("\n")
             answer = find_answers(f"\n{problem}={line}") if newline else []
             counts[answer[0][0] if answer else "other"] += 1
-            counts["right"] += bool(answer) and line[-1] == solve(problem, squares)[-1]
+            counts["right"] += bool(answer) and line[-1] == steps_of(problem)[-1]
         return {name: count / len(prompts) for name, count in counts.items()}
 
     thoughts = {"thoughts": shares(n_ahead)} if n_ahead else {}
@@ -345,29 +414,31 @@ def remarks(answers: dict[str, Any], greedy: dict[str, Any]) -> list[str]:
     return lines
 
 
-def add_answers(report: Report, scores: TextScores, model: QuietStar, final: bool, *, seed: int,
-                operands: int, operations: int) -> None:
-    """Adds all of this corpus's own to an evaluation; what is decoded, only at the end."""
-    answers, report.examples = measure(scores, seed=seed, operands=operands, operations=operations)
+def add_answers(report: Report, scores: TextScores, model: QuietStar, final: bool,
+                **text: Any) -> None:
+    """Adds all of this corpus's own to an evaluation; what is decoded, only at the end.
+
+    text: seed, operands, operations, shortest, family.
+    """
+    answers, report.examples = measure(scores, **text)
     n_sampled, greedy = scores.thoughts.shape[-1], {}
     report.summary["answers"] = answers
     if final:
-        greedy = greedy_answers(model, scores.text, n_sampled and n_sampled + 2, seed=seed,
-                                operands=operands, operations=operations)
+        greedy = greedy_answers(model, scores.text, n_sampled and n_sampled + 2, **text)
         report.summary["greedy"] = greedy
     report.said = eval_line(answers) if n_sampled else ""
     report.rows, report.remarks = table_rows(answers, greedy), remarks(answers, greedy)
 
 
-def example_prompt(operands: int, operations: int, seed: int) -> str:
+def example_prompt(operands: int, operations: int, seed: int, family: str = "fold") -> str:
     """A held-out problem to try the model on, of as many different letters as there are."""
-    return max(problems(operands, operations, seed)[1], key=lambda p: len(set(p))) + "="
+    return max(problems(operands, operations, seed, family)[1], key=lambda p: len(set(p))) + "="
 
 
-def example(operands: int, operations: int, seed: int) -> tuple[str, str]:
+def example(operands: int, operations: int, seed: int, family: str = "fold") -> tuple[str, str]:
     """Options of sample.py that have a problem answered, and the right answer."""
-    prompt = example_prompt(operands, operations, seed)
-    answer = solve(prompt[:-1], latin_squares(seed, operations))[-1]
+    prompt = example_prompt(operands, operations, seed, family)
+    answer = solver(seed, operands, operations, family)(prompt[:-1])[-1]
     return f" --prompt '{prompt}' --temperature 0 --max_new_tokens {len(prompt) + 3}", answer
 
 
@@ -384,24 +455,32 @@ class Corpus:
     ordinary: float
     worked: float
     restated: float
+    shortest: int | None = None
+    family: str = "fold"
     choices = CHOICES
 
     @classmethod
     def of(cls, cfg: Any) -> "Corpus | None":
         """Of train.py's settings; None where they name prepared data."""
         return cls(cfg.seed, cfg.fold_operands, cfg.fold_operations, cfg.fold_ordinary_frac,
-                   cfg.fold_worked_frac, cfg.fold_restated_frac) if cfg.data == "fold" else None
+                   cfg.fold_worked_frac, cfg.fold_restated_frac, cfg.fold_shortest,
+                   cfg.fold_family) if cfg.data == "fold" else None
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_str(tokenizer_json(vocabulary(self.operations, self.ordinary)))
 
     def prepare(self, folder: Path, n_train: int, n_val: int) -> None:
-        prepare(folder, n_train=n_train, n_val=n_val, **asdict(self))
+        prepare(folder, n_train=n_train, n_val=n_val, **self.source())
+
+    def source(self) -> dict[str, Any]:
+        """What a prepared folder says of its text; what came later, only where it is used."""
+        return {name: value for name, value in asdict(self).items()
+                if (name, value) not in (("shortest", None), ("family", "fold"))}
 
     def add_answers(self, report: Report, scores: TextScores, model: QuietStar, final: bool
                     ) -> None:
         add_answers(report, scores, model, final, seed=self.seed, operands=self.operands,
-                    operations=self.operations)
+                    operations=self.operations, shortest=self.shortest, family=self.family)
 
     def example(self) -> tuple[str, str]:
-        return example(self.operands, self.operations, self.seed)
+        return example(self.operands, self.operations, self.seed, self.family)

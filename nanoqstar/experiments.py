@@ -2,18 +2,21 @@
                                   [-- OVERRIDES]
 python -m nanoqstar.experiments delimiters --model_path MODEL --data FOLDER [--key value ..]
 python -m nanoqstar.experiments paper [--preset NAME] [--key value ..] [-- OVERRIDES]
+python -m nanoqstar.experiments depth [--seeds N] [--jobs N] [--out FOLDER] [-- OVERRIDES]
 
 The first runs every row of a table over seeds and prints it: mean and 95% interval per row. A run
 that is finished is never repeated, so an interrupted table goes on where it stopped. The second
 ranks pairs of tokens for start_init_text and end_init_text: for each pair the mixing head alone is
 trained on the untrained thoughts between them; with --reread, lengths of thoughts whose delimiters
-re-read. The third trains, evaluates and compares as the
-paper does. NAME is one of
+re-read. The third trains, evaluates and compares as the paper does. The fourth maps how long a
+thought has to be, by steps and layers, beside plain training of as many FLOPs and four times as
+many; tables and map.svg. NAME is one of
 
   controls    is it the thoughts, and is it REINFORCE? the demo against what would explain it away,
               and what its thoughts do when they are changed
   recipe      what each choice of the official recipe is worth on this task, one factor at a time
   questions   from a neutral start embedding; with ever rarer useful text
+  families    other text: where steps pay (pointers to follow, sums) and where not (a table)
   small       the demo scaled up for one GPU: six operands, a larger model (overrides can shrink it)
   text        real text (--data FOLDER from data/prepare.py), against continued training without
               thoughts
@@ -82,6 +85,12 @@ QUESTIONS = {
     "1% worked lines": "--fold_worked_frac 0.01",
     "1% worked lines, pre-trained three times as long": "--fold_worked_frac 0.01" + LONGER,
 }
+FAMILY = ("--fold_worked_frac 0.3 --fold_restated_frac 0.1 --fold_tokens 3000000 --max_length 94 "
+          "--batch_size 8 --max_steps 80 --fold_family ")
+KINDS = {"chase": "chase --pretrain_steps 2000", "sum, one layer": "sum --pretrain_steps 1000 "
+         "--n_layers 1", "sum": "sum --pretrain_steps 1000", "table": "table --pretrain_steps 600"}
+FAMILIES = {f"{kind}: {name}": FAMILY + text + more for kind, text in KINDS.items()
+            for name, more in ((MAIN, ""), ("policy weight 0", " --policy_weight 0"))}
 TEXT = {
     MAIN: "",
     "policy weight 0: NLL terms only": "--policy_weight 0",
@@ -92,6 +101,7 @@ TEXT = {
 }
 TABLES = {  # rows, preset
     "controls": (CONTROLS, "tiny"), "recipe": (RECIPE, "tiny"), "questions": (QUESTIONS, "tiny"),
+    "families": (FAMILIES, "tiny"),
     "small": (TEXT, "small"), "text": (TEXT, "text")}
 OWN_TEXT = ("fold_", "pretrain_")  # a row that changes these pre-trains its own base
 GIVEN = ("data", "out_dir", "seed")  # by the table to every run
@@ -99,7 +109,7 @@ GIVEN = ("data", "out_dir", "seed")  # by the table to every run
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableConfig:
-    name: Literal["controls", "recipe", "questions", "small", "text"] = cli.setting(
+    name: Literal["controls", "recipe", "questions", "families", "small", "text"] = cli.setting(
         dataclasses.MISSING, "the table")
     seeds: int = cli.setting(2, "runs of each row", at_least=1, at_most=max(T95))
     jobs: int = cli.setting(2, "runs at a time", at_least=1)
@@ -111,6 +121,16 @@ class TableConfig:
         cli.check(self)
         if self.name == "text" and self.data is None:
             raise InputError("the table text needs --data FOLDER, made by data/prepare.py")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DepthConfig:
+    seeds: int = cli.setting(1, "runs of each cell", at_least=1, at_most=max(T95))
+    jobs: int = cli.setting(2, "runs at a time", at_least=1)
+    out: str = cli.setting("out/experiments", "folder of all runs")
+
+    def __post_init__(self) -> None:
+        cli.check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,22 +157,35 @@ class SearchConfig:
 def read(args: list[str]) -> tuple[TableConfig, list[str]]:
     """Command line -> (the table, overrides that suit its preset)."""
     cut = args.index("--") if "--" in args else len(args)
-    table, overrides = cli.settings(TableConfig, args[:cut], str(__doc__), "name"), args[cut + 1:]
+    table = cli.settings(TableConfig, args[:cut], str(__doc__), "name")
+    return table, checked(args[cut + 1:], TABLES[table.name][1])
+
+
+def read_depth(args: list[str]) -> tuple[DepthConfig, list[str]]:
+    """Command line -> (the map, overrides that suit its preset)."""
+    cut = args.index("--") if "--" in args else len(args)
+    return cli.settings(DepthConfig, args[:cut], str(__doc__)), checked(args[cut + 1:], "tiny")
+
+
+def checked(overrides: list[str], preset: str) -> list[str]:
+    """Overrides that suit a preset, or InputError."""
     try:
         from configs import PRESETS, TrainConfig
     except ModuleNotFoundError:  # installed without its scripts
         raise InputError("train.py is not here: run this from the root of a clone") from None
-    cli.settings(TrainConfig, overrides, "Overrides:", base=PRESETS[TABLES[table.name][1]].config)
+    cli.settings(TrainConfig, overrides, "Overrides:", base=PRESETS[preset].config)
     for name in cli.parse(TrainConfig, overrides):
         if name in GIVEN:
             raise InputError(f"--{name} is set by the table: leave it out after --")
-    return table, overrides
+    return overrides
 
 
 def main(args: list[str]) -> int:
     """The exit code of a command line."""
     if args[:1] == ["paper"]:
         return cli.command(args[1:], paper.read, "nanoqstar.paper:run")
+    if args[:1] == ["depth"]:
+        return cli.command(args[1:], read_depth, "nanoqstar.depth:run")
     if args[:1] == ["delimiters"]:
         return cli.command(args[1:], lambda a: (cli.settings(SearchConfig, a, str(__doc__)),),
                            "nanoqstar.experiments:search")

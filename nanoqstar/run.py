@@ -8,7 +8,7 @@ import hashlib
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -354,7 +354,7 @@ def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.
         this.splits = open_splits(cfg, folder)
     data = this.splits["train"]
     if state and (data_sum(this.splits) != state[1]["data"] or (
-            corpus and data.meta["source"] != {"corpus": "fold", **asdict(corpus)})):
+            corpus and data.meta["source"] != {"corpus": "fold", **corpus.source()})):
         raise InputError(f"the data in {data.tokenizer_path.parent} are not those of {state[0]}: "
                          "put the data back, or start anew")
     if (first := beginning_ids(tokenizer)) and "beginning_ids" not in data.meta:

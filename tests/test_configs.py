@@ -35,6 +35,8 @@ from nanoqstar import InputError
     ({"seed": True}, "expected int"),
     ({"policy_weight": -2e12}, "--policy_weight: must be at least -1,000,000,000,000"),
     ({"fold_operands": 1}, "--fold_operands: must be at least 2"),
+    ({"fold_shortest": 5}, "fold_shortest=5: at most fold_operands=4"),
+    ({"fold_family": "sum", "fold_operations": 2}, "only folds have several operations"),
     ({"max_steps": math.inf}, "expected int"),
     ({"thought_temperature": 1e-300}, "--thought_temperature: must be at least 0.001"),
     ({"init_std": 1e30}, "--init_std: must be at most 100"),

@@ -1,7 +1,9 @@
 """The embedded corpus: problems held out for good, answers found where they are."""
 
+import hashlib
 import re
 import tracemalloc
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -258,8 +260,9 @@ def scripted(monkeypatch):
             texts = [fold.decode(p, 1) for p in prompts]
             calls.append((n_ahead, texts, max_new_tokens))
             line = with_thoughts if n_ahead else without
+            lines = [line(t[t.rindex("\n") + 1:].rstrip("=")) for t in texts]
             written = torch.stack([
-                ids_of(line(t[-5:-1]).ljust(max_new_tokens, "="))[:max_new_tokens] for t in texts])
+                ids_of(x.ljust(max_new_tokens, "="))[:max_new_tokens] for x in lines])
             return (SimpleNamespace(tokens=column) for column in written.T)
         monkeypatch.setattr(fold, "generate", generate)
         return calls
@@ -382,3 +385,144 @@ def test_the_table_where_there_is_less_to_show():
     lines = table({"nll_base": 1.0, "nll_mixed": 1.0}, False, rows).splitlines()
     assert len(lines) == 4
     assert lines[2].endswith(" 15.0%")
+
+
+# ---- problems of several lengths, and the other families
+
+
+MIXED = MAKE | {"operands": 5, "shortest": 2}
+DIGESTS = {("four", "train"): "7a061dc55911a668", ("four", "val"): "6fd4f9895cd28967",
+           ("signs", "train"): "77b29f917489c0bf", ("signs", "val"): "b1263dbb6e6b7df0"}
+
+
+def test_the_text_without_later_settings_is_what_it_always_was():
+    """Digests from before there were any."""
+    digests = {}
+    for name, make in {"four": MAKE, "signs": MAKE | {"operands": 6, "operations": 3, "worked": 0.3,
+                                                     "ordinary": 0.0}}.items():
+        for split in ("train", "val"):
+            text = fold_text(7, split, 50_000, **make)
+            digests[name, split] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert digests == DIGESTS
+
+
+def test_every_length_comes_equally_often_and_answers_stand_in_one_column():
+    text = fold_text(3, "train", 200_000, **MIXED)
+    lines, counts = text.splitlines(), dict.fromkeys(range(2, 6), 0)
+    steps = fold.solver(3, 5)
+    for _, k, problem in fold.find_answers("\n" + text):
+        counts[len(problem)] += 1
+        assert ("\n" + text)[k] == steps(problem)[-1]
+    assert sum(counts.values()) == len(lines) and all(line[5] == "=" for line in lines)
+    assert all(abs(n / len(lines) - 1 / 4) < 0.02 for n in counts.values())
+    held_out = {p for n in range(2, 6) for p in fold.problems(n)[1]}
+    assert not held_out & {line[:5].rstrip("=") for line in lines}
+    val = {line[:5].rstrip("=") for line in fold_text(3, "val", 100_000, **MIXED).splitlines()}
+    assert val <= held_out and len(val) > 900
+
+
+def test_all_lengths_together_have_no_more_problems_than_one(monkeypatch):
+    monkeypatch.setattr(fold, "MAX_POOL", 3000)
+    text = "".join(fold_text(0, split, 400_000, **MIXED | {"operands": 8}) for split in
+                   ("train", "val"))
+    counts = Counter(len(line[:8].rstrip("=")) for line in {x[:8] for x in text.splitlines()})
+    assert sum(counts.values()) <= 3000 and all(counts[n] > 350 for n in range(4, 9))
+    assert counts[2] == 7**2 and counts[3] == 7**3
+
+
+def test_answers_by_number_of_operands_by_hand():
+    """Right, wrong and of a length that the text does not have."""
+    steps = fold.solver(0, 5)
+    wrong = {p: "abcdefg"[("abcdefg".index(steps(p)[-1]) + 1) % 7] for p in ("ab", "abc", "abcde")}
+    line = "\nab===={}\nabc==={}\nabcde={}\nab====(ab){}\nabcdef={}\nabc==={}\n".format(
+        *(steps(p)[-1] for p in ("ab", "abc", "abcde", "ab", "abcdef", "abc")))
+    text = ids_of(line)[None]
+    n = text.shape[1] - 1
+    base, mixed = text[:, 1:].clone(), text[:, 1:].clone()
+    at = {(p, k) for _, k, p in fold.find_answers(line)}
+    for problem, k in at:
+        base[0, k - 1] = "abcdefg".index(wrong.get(problem, "a"))
+    last = max(k for p, k in at if p == "abc")
+    mixed[0, last - 1] = 10
+    zeros = torch.zeros(1, n)
+    scores = SimpleNamespace(text=text, base_lp=zeros, mixed_lp=zeros, mix=zeros, base_choice=base,
+                             mixed_choice=mixed, thoughts=torch.zeros(1, n, 0, dtype=int))
+    found = fold.measure(scores, seed=0, operands=5, operations=1, shortest=2)[0]["by_operands"]
+
+    def row(n, right):
+        return {"n": n, "accuracy_base": 0.0, "accuracy_mixed": right}
+    assert found == {"2": {"direct": row(1, 1.0), "restated": row(1, 1.0)},
+                     "3": {"direct": row(2, 0.5)}, "4": {}, "5": {"direct": row(1, 1.0)}}
+    assert "by_operands" not in fold.measure(scores, seed=0, operands=5, operations=1)[0]
+
+
+def test_sums_are_those_of_integers():
+    """Each step is a digit of the sum and, from three on, the carry out of its column."""
+    steps, carried = fold.solver(0, 4, family="sum"), 0
+    everything = [p for split in fold.problems(4, family="sum") for p in split]
+    assert len(set(everything)) == 3**8
+    for problem in everything:
+        a, b = (int("".join(str("abc".index(c)) for c in reversed(half)), 3)
+                for half in (problem[:4], problem[4:]))
+        totals = ["abcdef".index(s) for s in steps(problem)]
+        digits = [t % 3 for t in totals] + [totals[-1] // 3]
+        assert sum(d * 3**k for k, d in enumerate(digits)) == a + b
+        carried += totals[-2] >= 3
+    assert carried / len(everything) == 0.4375  # c = 1/4 + c/2, three times from 0
+
+
+def test_pointers_are_followed_by_a_plain_walk():
+    steps, lists = fold.solver(0, 4, family="chase"), set()
+    for problem in fold.problems(4, family="chase")[1]:
+        leads, at, path = dict(zip("abcdefg", problem)), problem[7:], ""
+        for _ in range(4):
+            at = leads[at]
+            path += at
+        assert steps(problem) == path
+        assert len(set(path) | {problem[7]}) == 5  # one circle: never back where it was
+        lists.add(problem[:7])
+    assert len(lists) > 300
+
+
+def test_the_table_answers_by_two_letters_and_its_steps_say_nothing():
+    steps, answers = fold.solver(5, 4, family="table"), {}
+    for problem in fold.problems(4, family="table")[0]:
+        *others, answer = steps(problem)
+        assert others == [*reversed(problem[1:])]
+        assert answers.setdefault((problem[0], problem[3]), answer) == answer
+    assert len(answers) == 49 and len(set(answers.values())) == 7
+    other = fold.solver(6, 4, family="table")
+    assert any(other(a + "aa" + b)[-1] != answer for (a, b), answer in answers.items())
+
+
+@pytest.mark.parametrize("family", fold.FAMILIES)
+def test_every_family_is_measured_and_decoded(family, scripted):
+    """Its lines are found, held out, answered and shown, whatever it is."""
+    make, ours = MAKE | {"family": family}, OURS | {"family": family}
+    steps, known = fold.solver(0, 4, family=family), fold.sizes(4, family=family)
+    train, val = (fold_text(0, split, 20_000, **make) for split in ("train", "val"))
+    found = {split: {p for _, _, p in fold.find_answers("\n" + text)}
+             for split, text in (("train", train), ("val", val))}
+    assert len(fold.find_answers("\n" + val)) == val.count("\n")
+    assert not found["train"] & found["val"] and all(map(fold.held_out, found["val"]))
+    for _, k, problem in fold.find_answers("\n" + val):
+        assert ("\n" + val)[k] == steps(problem)[-1] and len(problem) in known
+    assert len(steps(problem)) == 4
+    text = torch.stack([ids_of(val[k:k + 64]) for k in range(0, 64 * 40, 64)])
+    scripted(lambda p: f"({steps(p)}){steps(p)[-1]}\n", lambda p: f"({p}){steps(p)[-1]}\n")
+    result = fold.greedy_answers(MODEL, text, 6, **ours)
+    assert result["n"] > 20 and result["thoughts"]["worked"] == result["thoughts"]["right"] == 1
+    assert result["base"]["restated"] == result["base"]["right"] == 1
+    zeros = torch.zeros(40, 62)
+    scores = SimpleNamespace(text=text, base_lp=zeros, mixed_lp=zeros, mix=zeros,
+                             base_choice=text[:, 1:63], mixed_choice=text[:, 1:63],
+                             thoughts=torch.zeros(40, 62, 4, dtype=int))
+    for n, ids in enumerate(text.tolist()):
+        for _, k, problem in fold.find_answers(fold.decode(ids, 1)):
+            scores.thoughts[n, min(k - 1, 61)] = ids_of(steps(problem))
+    answers, _ = fold.measure(scores, **ours)
+    assert answers["direct"]["accuracy_base"] == 1 and answers["direct"]["n"] > 20
+    assert answers["thoughts"]["worked"] > 0.95  # restated problems' answers at the end aside
+    prompt, answer = fold.example(4, 1, 0, family)
+    problem = re.search(r"'([a-g]+)='", prompt)[1]
+    assert fold.held_out(problem) and answer == steps(problem)[-1]

@@ -18,7 +18,7 @@ ORDER = [  # a module imports from those before it
     "objective", "dataset", "quietstar", "sampling", "evaluate", "flops", "hub", "tokenizer",
     "weights", "hf", "continuation", "tasks", "answers", "state", "plan", "runlog", "run", "charts",
     "heatmap", "report", "plot", "worth", "export", "transformers", "lm_eval", "delimiters",
-    "interventions", "bench", "paper", "experiments"]
+    "interventions", "bench", "paper", "experiments", "depth"]
 LIGHT = {"nanoqstar", "nanoqstar.cli", "nanoqstar.files"}  # the standard library and each other
 SCRIPTS = ("train.py", "sample.py", "data/prepare.py", "nanoqstar.evaluate", "nanoqstar.report",
            "nanoqstar.bench", "nanoqstar.experiments", "nanoqstar.export")

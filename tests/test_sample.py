@@ -278,11 +278,19 @@ def test_the_demo_shows_what_it_knows_and_what_its_lines_look_like(demo, write, 
 
 
 @pytest.mark.parametrize("config", [
-    {}, {"data": "text"}, {"data": "fold", "fold_operands": "x"}, FOLD | {"fold_operands": 10**12}])
+    {}, {"data": "text"}, {"data": "fold", "fold_operands": "x"}, FOLD | {"fold_operands": 10**12},
+    FOLD | {"fold_family": []}])
 def test_other_models_and_garbled_settings_show_no_lines_of_the_demo(config):
     shown = sample.hint(byte_tokenizer("<|endoftext|>"), config)
     assert "characters" not in shown
     assert "=" not in shown
+
+
+@pytest.mark.parametrize(("family", "letters"), [("fold", 4), ("chase", 8), ("sum", 8)])
+def test_the_lines_shown_are_of_the_models_own_family(family, letters):
+    shown = sample.hint(byte_tokenizer("<|endoftext|>"), FOLD | {"fold_family": family})
+    prompt = shown.split()[-1]
+    assert len(prompt) == letters + 1 and fold.held_out(prompt[:-1])
 
 
 def test_the_next_prompt_may_be_better(demo, write, monkeypatch):
