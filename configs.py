@@ -98,6 +98,10 @@ class TrainConfig:
     thoughts_from: str | None = setting(
         None, "control experiment: thoughts drawn uniformly from the tokens of this text instead "
         "of from the model (one token: fixed thoughts)", escapes=True, when=THOUGHTS)
+    warm_steps: int = setting(
+        0, "updates before thinking that learn the thoughts given to the data (data/prepare.py "
+        "--thoughts, or fold_thoughts): their first n_ahead - 2 tokens", at_least=0, at_most=10**9,
+        when=THOUGHTS)
     trainable: Literal["all", "thoughts", "mixing_head"] = setting(
         "all", "control experiment: what learns; thoughts: start, end and mixing head")
     lora_rank: int = setting(
@@ -158,6 +162,9 @@ class TrainConfig:
                                         "answer directly", at_least=0, at_most=1, when=FOLD)
     fold_tokens: int = setting(1_500_000, "characters of training text", at_least=1, at_most=10**9,
                                when=FOLD)
+
+    fold_thoughts: int = setting(0, "direct answers, the first of the training text, whose steps "
+                                 "are given as a thought", at_least=0, at_most=10**6, when=FOLD)
 
     # ---- logging
     log_every: int = setting(

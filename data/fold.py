@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -159,16 +159,28 @@ def encode(text: str, characters: str) -> np.ndarray:
     return table[np.frombuffer(text.encode("ascii"), dtype=np.uint8)]
 
 
-def prepare(folder: str | Path, *, seed: int, n_train: int, n_val: int, **make: Any) -> None:
+def given_thoughts(text: str, n: int, seed: int, operations: int) -> list[tuple[int, str]]:
+    """(index of `=`, steps) of the first n direct answers of a text."""
+    squares = latin_squares(seed, operations)
+    lines = islice(re.finditer(rf"^([{LETTERS}{re.escape(SIGNS)}]+)=[{LETTERS}]$", text, re.M), n)
+    return [(line.end(1), solve(line[1], squares)) for line in lines]
+
+
+def prepare(folder: str | Path, *, seed: int, n_train: int, n_val: int, thoughts: int = 0,
+            **make: Any) -> None:
     """The corpus as a prepared folder, a document a split (MAX_DOCUMENT allowing).
 
-    n_train, n_val: characters, at least.  make: the arguments of `blocks`.
+    n_train, n_val: characters, at least.  thoughts: given ones, of the first document.  make: the
+    arguments of `blocks`.
     """
     characters = vocabulary(make["operations"], make["ordinary"])
     splits = {split: (encode(text, characters) for text in texts(seed, split, n, **make))
               for split, n in (("train", n_train), ("val", n_val))}
     write_dataset(folder, tokenizer_json(characters), len(characters), None, splits,
-                  {"corpus": "fold", "seed": seed, **make})
+                  {"corpus": "fold", "seed": seed, "thoughts": thoughts, **make},
+                  [(i, encode(steps, characters)) for i, steps in given_thoughts(
+                      next(texts(seed, "train", n_train, **make)), thoughts, seed,
+                      make["operations"])] if thoughts else ())
 
 
 # ---- its answers
@@ -373,13 +385,15 @@ class Corpus:
     ordinary: float
     worked: float
     restated: float
+    thoughts: int
     choices = CHOICES
 
     @classmethod
     def of(cls, cfg: Any) -> "Corpus | None":
         """Of train.py's settings; None where they name prepared data."""
         return cls(cfg.seed, cfg.fold_operands, cfg.fold_operations, cfg.fold_ordinary_frac,
-                   cfg.fold_worked_frac, cfg.fold_restated_frac) if cfg.data == "fold" else None
+                   cfg.fold_worked_frac, cfg.fold_restated_frac, cfg.fold_thoughts
+                   ) if cfg.data == "fold" else None
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_str(tokenizer_json(vocabulary(self.operations, self.ordinary)))

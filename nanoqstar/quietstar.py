@@ -6,6 +6,7 @@ that prediction is worth.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 from nanoqstar.attention import dense, packed_attention, text_mask
 from nanoqstar.dataset import stream
 from nanoqstar.device import autocast
-from nanoqstar.head import compute_dtype, sample_tokens
+from nanoqstar.head import compute_dtype, sample_tokens, weighted_log_probs
 from nanoqstar.objective import Objective, States, Valid, language_model_loss, quiet_star_loss
 from nanoqstar.qwen2 import KVCache, Qwen2
 from nanoqstar.thoughts import ThoughtLayout
@@ -216,6 +217,28 @@ class QuietStar(nn.Module):
         surprise = -(sampled_lp.mean(-1) * valid.policy[:, None]).sum()
         return loss, stats | {"gain": stats["reward"] / n_talk,
                               "entropy": surprise / (n_passes * counts[-1].clamp(min=1))}
+
+    def given_loss(self, text: torch.Tensor, docs: torch.Tensor, thoughts: torch.Tensor,
+                   given: torch.Tensor, counts: torch.Tensor, objective: Objective
+                   ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The same of thoughts that the text was given: the mean of -log p(t_k | text, start,
+        t_<k) over their tokens in place of the policy term, and of the NLL with thoughts what
+        follows whole ones.
+
+        thoughts: (B, 1, T, S). given: the same, -1 where a thought has ended or there is none.
+        counts: `Valid.counts` of the whole update, `after` given, and the number of given tokens.
+        """
+        valid = Valid.from_docs(docs, text.shape[1] - thoughts.shape[2]).after(given)
+        shown, head = given >= 0, self.lm.head_weight
+        with autocast(text.device):
+            states = self.score(text, docs, thoughts)
+            nll, stats, _ = quiet_star_loss(states, head, text, thoughts, valid, counts[:-1],
+                                            replace(objective, policy_weight=0.0), self.banned)
+            weight = -1 / counts[-1].clamp(min=1).to(nll.dtype)
+            surprise, _ = weighted_log_probs(states.thought[shown], head, given[shown],
+                                             weight.expand(len(given[shown])), banned=self.banned)
+        kept = ("nll_base", "nll_talk", "reward", "mix")
+        return nll + surprise, {"nll_thought": surprise.detach(), **{k: stats[k] for k in kept}}
 
     def text_loss(self, text: torch.Tensor, docs: torch.Tensor, counts: torch.Tensor, n_talk: int
                   ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
