@@ -536,7 +536,11 @@ class PrepareConfig:
     val_fraction: float = setting(0.01, "share of documents held out, chosen by their hash",
                                   above=0, below=1)
     strict: bool = setting(False, "refuse a file with bytes that are no UTF-8 or lines that are no "
-                           "JSON, instead of leaving those out")
+                           "JSON, instead of leaving those out; a bad thought, too")
+    thoughts: str | None = setting(
+        None, "a .jsonl (also .gz) of thoughts for train.py --warm_steps; a line holds a `document` "
+        "(its whole text), a `position` in it (characters before the thought) and a `thought`",
+        at_least=1)
     tokenizer: str = setting("Qwen/Qwen2.5-3B", "folder or Hub id with a tokenizer.json, or "
                              "train:N for a new byte-level BPE of N entries, trained on the text",
                              at_least=1)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nanoqstar import InputError
-from nanoqstar.dataset import FORMAT, SPLITS, THOUGHTS, Thoughts, partial_folder
+from nanoqstar.dataset import FORMAT, SPLITS, THOUGHTS, partial_folder
 from nanoqstar.files import LOCK, lock, plain, read_json, read_small, sync, write_json
 
 Ids = Sequence[int] | np.ndarray
@@ -131,6 +131,15 @@ class DatasetWriter:
         self.state = {**state, **self.counts}
         write_json(self.partial / JOURNAL, self.state | {
             "checksum": checksum(self.state, self.meta["tokenizer_sha256"])})
+
+    def documents(self, split: str) -> Iterator[tuple[int, np.ndarray]]:
+        """(where it begins, its tokens) of every document that was added."""
+        self._sync()
+        file, starts = self.files[split]
+        tokens = np.memmap(file.name, self.dtype, "r")
+        firsts = np.fromfile(starts.name, np.int64).tolist()
+        for first, end in zip(firsts, [*firsts[1:], len(tokens)]):
+            yield first, tokens[first:end]
 
     def fill_short_split(self) -> None:
         """Moves the last documents of the larger split to the smaller one, while that has less than
