@@ -538,7 +538,7 @@ class PrepareConfig:
     strict: bool = setting(False, "refuse a file with bytes that are no UTF-8 or lines that are no "
                            "JSON, instead of leaving those out; a bad thought, too")
     thoughts: str | None = setting(
-        None, "a .jsonl (also .gz) of thoughts for train.py --warm_steps; a line holds a `document` "
+        None, "a .jsonl (also .gz) of thoughts for train.py --warm_steps; a line has a `document` "
         "(its whole text), a `position` in it (characters before the thought) and a `thought`",
         at_least=1)
     tokenizer: str = setting("Qwen/Qwen2.5-3B", "folder or Hub id with a tokenizer.json, or "

@@ -354,7 +354,8 @@ def prepare(cfg: Any, corpus: Any, log: RunLog, signals: Signals, device: torch.
         this.splits = open_splits(cfg, folder)
     data = this.splits["train"]
     if state and (data_sum(this.splits) != state[1]["data"] or (
-            corpus and data.meta["source"] != {"corpus": "fold", **asdict(corpus)})):
+            corpus and {"thoughts": 0, **data.meta["source"]} != {  # of a folder from before these
+                "corpus": "fold", **asdict(corpus)})):
         raise InputError(f"the data in {data.tokenizer_path.parent} are not those of {state[0]}: "
                          "put the data back, or start anew")
     if (first := beginning_ids(tokenizer)) and "beginning_ids" not in data.meta:
