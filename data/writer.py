@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from nanoqstar import InputError
-from nanoqstar.dataset import FORMAT, SPLITS, THOUGHTS, partial_folder
+from nanoqstar.dataset import FORMAT, SPLITS, THOUGHTS, Thoughts, partial_folder
 from nanoqstar.files import LOCK, lock, plain, read_json, read_small, sync, write_json
 
 Ids = Sequence[int] | np.ndarray
@@ -188,12 +189,13 @@ class DatasetWriter:
     def _write_thoughts(self, thoughts: Sequence[tuple[int, Ids]]) -> str:
         """Their sum; the same for the same thoughts."""
         file, ordered = self.partial / THOUGHTS, sorted(thoughts, key=lambda x: x[0])
-        arrays = (np.array([position for position, _ in ordered], np.int64),
-                  np.cumsum([len(ids) for _, ids in ordered], dtype=np.int64),
-                  np.concatenate([np.asarray(ids, np.int64) for _, ids in ordered]))
-        np.savez(file, positions=arrays[0], ends=arrays[1], ids=arrays[2])
+        raw = safetensors.numpy.save(Thoughts(
+            np.array([position for position, _ in ordered], np.int64),
+            np.cumsum([len(ids) for _, ids in ordered], dtype=np.int64),
+            np.concatenate([np.asarray(ids, np.int64) for _, ids in ordered]))._asdict())
+        file.write_bytes(raw)
         sync(file)
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return hashlib.sha256(raw).hexdigest()
 
 
 def write_dataset(folder: str | os.PathLike, tokenizer_json: str, vocab_size: int,

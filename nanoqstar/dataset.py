@@ -2,11 +2,11 @@
 
 A folder holds, for each split, the token ids (`train.bin`, raw uint16 or uint32) and the start of
 every document (`train.docs.npy`, int64); besides them `tokenizer.json` and `meta.json`, which says
-what the rest must look like.  `train.thoughts.npz` is there where thoughts were given to the text.
+what the rest must look like.  Where thoughts were given to the text, they are in
+`train.thoughts.safetensors`.
 """
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors.numpy
 import torch
 
 from nanoqstar import InputError
@@ -22,7 +23,7 @@ from nanoqstar.files import read_json, read_small
 
 FORMAT = 1
 SPLITS = ("train", "val")
-THOUGHTS = "train.thoughts.npz"
+THOUGHTS = "train.thoughts.safetensors"
 BLOCKS, BLOCK = 1024, 4096  # that tell data from others, and their bytes
 KINDS, PHASES = ("windows", "thoughts"), (
     "pretrain", "think", "text", "eval", "sample", "warm")
@@ -136,8 +137,7 @@ class TokenDataset:
         self._require(hashlib.sha256(raw).hexdigest() == self.meta["thoughts_sha256"],
                       f"{file} does not hold the thoughts that were given to this text")
         try:
-            with np.load(io.BytesIO(raw)) as arrays:
-                found = Thoughts(*(arrays[name] for name in Thoughts._fields))
+            found = Thoughts(**safetensors.numpy.load(raw))
             sound = found.sound(self.n_tokens, self.meta["vocab_size"])
         except Exception:  # whatever the sum was made of
             sound = False
