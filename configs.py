@@ -163,8 +163,9 @@ class TrainConfig:
     fold_tokens: int = setting(1_500_000, "characters of training text", at_least=1, at_most=10**9,
                                when=FOLD)
 
-    fold_thoughts: int = setting(0, "direct answers, the first of the training text, whose steps "
-                                 "are given as a thought", at_least=0, at_most=10**6, when=FOLD)
+    fold_thoughts: int = setting(0, "problems, the first of the training text, whose steps are "
+                                 "given as a thought after `=`", at_least=0, at_most=10**6,
+                                 when=FOLD)
 
     # ---- logging
     log_every: int = setting(

@@ -50,7 +50,7 @@ from nanoqstar.objective import Objective, Valid
 from nanoqstar.quietstar import QuietStar, uniforms
 from nanoqstar.run import Run, check, planned, prepare
 from nanoqstar.runlog import RunLog, Signals, run_folder, start_wandb, write
-from nanoqstar.stages import load_given, stages, take_given
+from nanoqstar.stages import load_given, stages
 from nanoqstar.state import Progress, State, States
 from nanoqstar.state import read as read_state
 
@@ -58,8 +58,8 @@ from nanoqstar.state import read as read_state
 
 
 def load_batches(data: TokenDataset, phase: str, step: int, cfg: TrainConfig, pin: bool = False):
-    """This rank's micro-batches of an update, (text, docs[, uniforms of the thoughts]) each, and
-    all ranks' counts: each has its share of the batch_size * grad_accum windows.
+    """This rank's micro-batches of an update, (text, docs[, uniforms of the thoughts[, given
+    ones]]) each, and all ranks' counts: each has its share of the batch_size * grad_accum windows.
 
     pin: in page-locked memory, from where a GPU copies while it computes.
     """
@@ -75,17 +75,18 @@ def load_batches(data: TokenDataset, phase: str, step: int, cfg: TrainConfig, pi
         tensors = [text[index.start:index.stop], docs[index.start:index.stop]]
         if cfg.n_ahead:
             shape = (cfg.n_passes, cfg.max_length, cfg.n_ahead - 2)
-            tensors.append(given[index.start:index.stop] if phase == "warm" else
-                           uniforms(cfg.seed, phase, step, index, shape))
+            tensors.append(uniforms(cfg.seed, phase, step, index, shape))
+        if phase == "warm":
+            tensors.append(given[index.start:index.stop])
         batches.append([x.pin_memory() if pin else x for x in tensors])
     return batches, counts
 
 
 def train_step(model, optimizer, batches, counts, objective, lr, cfg, rollout=None,
-               largest=math.inf, loss_of=None):
+               largest=math.inf):
     """One optimizer update (the paper's Algorithm 1).
 
-    batches, counts: of `load_batches`. rollout, loss_of: of the thoughts; default the model's own.
+    batches, counts: of `load_batches`. rollout: of the thoughts; default the model's own.
     Returns this rank's share of the update's means (device tensors), its last thoughts, the norm of
     the gradient, and whether it was finite and `largest` at most: if not, nothing was changed.
     """
@@ -96,8 +97,10 @@ def train_step(model, optimizer, batches, counts, objective, lr, cfg, rollout=No
         text, docs, *u = (x.to(device, non_blocking=True) for x in micro_batch)
         if cfg.n_ahead:
             thoughts, sampled_lp = (rollout or model.rollout)(text, docs, *u)  # think: (B, P, T, S)
-            loss, stats = (loss_of or model.loss)(text, docs, thoughts, sampled_lp, counts,
-                                                  objective)
+            if len(u) == 1:
+                loss, stats = model.loss(text, docs, thoughts, sampled_lp, counts, objective)
+            else:  # of which some were given
+                loss, stats = model.given_loss(text, docs, thoughts, u[1], counts, objective)
         else:
             loss, stats = model.text_loss(text, docs, counts, cfg.n_ahead_talk)
         loss.backward()  # shares of the update's means: micro-batches add up
@@ -158,9 +161,8 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> Progress:
     end.
     """
     model, log, last = this.model, this.log, first + cfg.max_steps
-    optimizer, rollout, loss_of = make_optimizer(model, cfg), this.rollout, None
-    if phase == "warm":
-        rollout, loss_of = take_given, model.given_loss
+    optimizer = make_optimizer(model, cfg)
+    rollout = model.rollout if phase == "warm" else this.rollout
     parallel.follow(model)
     at = parallel.together(this.begin, phase, first, last, optimizer)
     begun, torn = at.update, []  # torn: between the first parameter's update and the last's
@@ -185,7 +187,7 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> Progress:
             lr = learning_rate(step - first, cfg)
             largest = at.spike() if cfg.skip_spikes else math.inf
             stats, thoughts, grad_norm, taken = train_step(
-                model, optimizer, batches, counts, objective, lr, cfg, rollout, largest, loss_of)
+                model, optimizer, batches, counts, objective, lr, cfg, rollout, largest)
             parallel.together(at.note, float(grad_norm), taken)
             torn.clear()
             done = at.update

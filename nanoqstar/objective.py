@@ -54,11 +54,6 @@ class Valid:
         talk = docs.unfold(1, n_ahead_talk + 1, 1)[..., 1:] == docs[:, :-n_ahead_talk, None]
         return cls(talk[..., 0], talk, talk.all(-1))
 
-    def after(self, given: torch.Tensor) -> "Valid":
-        """Of these, what follows whole thoughts alone; given: (B, 1, T, S) ids, -1: none."""
-        whole = given[:, 0, :, -1] >= 0
-        return Valid(self.base, self.talk & whole[..., None], self.policy & whole)
-
     def counts(self) -> torch.Tensor:
         """Counts of one pass (1 + A + 1,), to be summed over an update: base, talk's A, policy."""
         return torch.cat((self.base.sum()[None], self.talk.sum((0, 1)), self.policy.sum()[None]))

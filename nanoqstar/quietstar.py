@@ -132,18 +132,19 @@ class QuietStar(nn.Module):
         return self.lm(text, positions, dense(text_mask(docs[:, :text.shape[1]])))
 
     @torch.no_grad()
-    def rollout(self, text: torch.Tensor, docs: torch.Tensor, uniforms: torch.Tensor
-                ) -> tuple[torch.Tensor, torch.Tensor]:
+    def rollout(self, text: torch.Tensor, docs: torch.Tensor, uniforms: torch.Tensor,
+                given: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples P thoughts at every position over one KV cache of the text.
 
-        text, docs: (B, T+A) token and document ids. uniforms: (B, P, T, S) in [0, 1).
+        text, docs: (B, T+A) token and document ids. uniforms: (B, P, T, S) in [0, 1). given: tokens
+        that are not to be sampled (B, P, T, S), -1 where they are.
         Returns thoughts (B, P, T, S) and the log-probs they were sampled with.
         """
         with autocast(text.device):  # its own: no weight cast without a gradient is used in `loss`
-            return self._rollout(text, docs, uniforms)
+            return self._rollout(text, docs, uniforms, given)
 
-    def _rollout(self, text: torch.Tensor, docs: torch.Tensor, uniforms: torch.Tensor
-                 ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rollout(self, text: torch.Tensor, docs: torch.Tensor, uniforms: torch.Tensor,
+                 given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         layout = ThoughtLayout.of(text, uniforms, self.reread)
         packing, n_windows = layout.rollout_packing, len(text)
         rope, attend = packing.rope_positions(text.device), packed_attention(packing, docs)
@@ -164,6 +165,8 @@ class QuietStar(nn.Module):
             for out, new in zip((thoughts, sampled_lp), sampled, strict=True):
                 by_position = new.view(n_windows, layout.n_positions, layout.n_passes)
                 out[..., step] = by_position.transpose(1, 2)
+            if given is not None:
+                thoughts[..., step].copy_(torch.where(given < 0, thoughts, given)[..., step])
             x = thoughts[..., step].transpose(1, 2).flatten(1)
         return thoughts, sampled_lp
 
@@ -221,19 +224,18 @@ class QuietStar(nn.Module):
     def given_loss(self, text: torch.Tensor, docs: torch.Tensor, thoughts: torch.Tensor,
                    given: torch.Tensor, counts: torch.Tensor, objective: Objective
                    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The same of thoughts that the text was given: the mean of -log p(t_k | text, start,
-        t_<k) over their tokens in place of the policy term, and of the NLL with thoughts what
-        follows whole ones.
+        """The same where the text was given thoughts: in place of the policy term the mean of
+        -log p(t_k | text, start, t_<k) over their tokens.
 
-        thoughts: (B, 1, T, S). given: the same, -1 where a thought has ended or there is none.
-        counts: `Valid.counts` of the whole update, `after` given, and the number of given tokens.
+        thoughts: (B, P, T, S) of `rollout`. given: those of its tokens that were not sampled, else
+        -1. counts: `Valid.counts` of the whole update, and the number of given tokens.
         """
-        valid = Valid.from_docs(docs, text.shape[1] - thoughts.shape[2]).after(given)
         shown, head = given >= 0, self.lm.head_weight
         with autocast(text.device):
             states = self.score(text, docs, thoughts)
-            nll, stats, _ = quiet_star_loss(states, head, text, thoughts, valid, counts[:-1],
-                                            replace(objective, policy_weight=0.0), self.banned)
+            nll, stats, _ = quiet_star_loss(
+                states, head, text, thoughts, Valid.from_docs(docs, states.mix.shape[-1]),
+                counts[:-1], replace(objective, policy_weight=0.0), self.banned)
             weight = -1 / counts[-1].clamp(min=1).to(nll.dtype)
             surprise, _ = weighted_log_probs(states.thought[shown], head, given[shown],
                                              weight.expand(len(given[shown])), banned=self.banned)

@@ -2,7 +2,8 @@
 model may learn those in a warm start; then it thinks.
 
 A window of a warm start is drawn around a given thought, and all that stand in it are learned in
-one packed forward with a single pass. A position that has none counts for the base alone.
+one packed forward with a single pass. Everywhere else, and where a given thought is shorter than a
+sampled one, the model samples, so that the mixing head learns what its other thoughts are worth.
 """
 
 from collections.abc import Iterator
@@ -47,11 +48,5 @@ def load_given(data: TokenDataset, step: int, cfg: Any
     text, docs, given = data.thought_batch(
         cfg.seed, step, range(cfg.batch_size * cfg.grad_accum), cfg.max_length, cfg.n_ahead_talk,
         cfg.n_ahead - 2)
-    counts = Valid.from_docs(docs, cfg.n_ahead_talk).after(given).counts()
+    counts = Valid.from_docs(docs, cfg.n_ahead_talk).counts()
     return text, docs, given, torch.cat((counts, (given >= 0).sum()[None]))
-
-
-def take_given(text: torch.Tensor, docs: torch.Tensor, given: torch.Tensor
-               ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A rollout that samples nothing: the given thoughts; instead of log-probs, which are given."""
-    return given.clamp(min=0), given
