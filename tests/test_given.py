@@ -20,13 +20,13 @@ from nanoqstar import InputError, runlog
 from nanoqstar.attention import dense
 from nanoqstar.dataset import THOUGHTS, TokenDataset
 from nanoqstar.objective import Objective, Valid
-from nanoqstar.stages import load_given, take_given
+from nanoqstar.stages import load_given
 from nanoqstar.state import States
 
 # ---- the loss
 
 
-def naive_loss(model, text, docs, given, n_talk, objective):
+def naive_loss(model, text, docs, thoughts, given, n_talk, objective):
     """By a plain causal forward over the own sequence of each position, in float64."""
     def hidden(vectors, positions):
         n = len(vectors)
@@ -40,18 +40,16 @@ def naive_loss(model, text, docs, given, n_talk, objective):
         return logits.log_softmax(-1)
 
     base_nll, surprise, talk_nll = [], [], [[] for _ in range(n_talk)]
-    for x, doc, row in zip(text, docs, given[:, 0]):
+    for x, doc, rows_, known in zip(text, docs, thoughts[:, 0], given[:, 0]):
         def base_state(i, x=x, doc=doc):
             first = int((doc == doc[i]).nonzero()[0])
             return hidden(model.lm.embed(x[first:i + 1]), torch.arange(first, i + 1))[-1]
 
-        for i, ids in enumerate(row):
+        for i, ids in enumerate(rows_):
             if doc[i + 1] == doc[i]:
                 base_nll.append(-log_probs(base_state(i))[x[i + 1]])
-            if ids[0] < 0:
-                continue
-            first, n = int((doc == doc[i]).nonzero()[0]), int((ids >= 0).sum())
-            before, thought = model.lm.embed(x[first:i + 1]), model.lm.embed(ids[:n])
+            first, n = int((doc == doc[i]).nonzero()[0]), len(ids)
+            before, thought = model.lm.embed(x[first:i + 1]), model.lm.embed(ids)
             begin, finish = model.start_embedding[None], model.end_embedding[None]
             at = i + 1  # where start stands
             if model.reread:
@@ -62,51 +60,73 @@ def naive_loss(model, text, docs, given, n_talk, objective):
             states = hidden(torch.cat((before, begin, thought, finish, ahead)),
                             torch.tensor(places))[len(before):]
             lp = log_probs(states[:n], model.banned)
-            surprise += [-lp[k, ids[k]] for k in range(n)]
-            if n == len(ids):
-                for k in range(n_talk):
-                    if all(doc[i + 1 + j] == doc[i] for j in range(k + 1)):
-                        own, other = states[n + 1 + k], base_state(i + k)
-                        w = torch.nn.Sequential(*model.mixing_head)(torch.cat((other, own)))
-                        talk_nll[k].append(-log_probs((1 - w) * other + w * own)[x[i + 1 + k]])
+            surprise += [-lp[k, ids[k]] for k in range(n) if known[i, k] >= 0]
+            for k in range(n_talk):
+                if all(doc[i + 1 + j] == doc[i] for j in range(k + 1)):
+                    own, other = states[n + 1 + k], base_state(i + k)
+                    w = torch.nn.Sequential(*model.mixing_head)(torch.cat((other, own)))
+                    talk_nll[k].append(-log_probs((1 - w) * other + w * own)[x[i + 1 + k]])
     means = [torch.stack(x).mean() for x in talk_nll]
     return (objective.base_weight * torch.stack(base_nll).mean()
             + objective.mixed_weight * torch.stack(means).mean() + torch.stack(surprise).mean())
 
 
-def test_the_loss_is_that_of_each_position_by_itself(make_model, make_text, reread):
-    """Whole thoughts, short ones and none; several documents; value and every gradient, in two
-    micro-batches as in one."""
-    model, (text, docs) = make_model(reread=reread), make_text(4, 13)
+@pytest.fixture
+def given():
+    """Whole thoughts, short ones and none."""
     generator = torch.Generator().manual_seed(3)
-    given = torch.randint(8, 60, (4, 1, 10, 3), generator=generator)
-    n_ids = torch.randint(0, 4, (4, 1, 10, 1), generator=generator)
-    given[torch.arange(3).expand(given.shape) >= n_ids] = -1
+    ids = torch.randint(8, 60, (4, 1, 10, 3), generator=generator)
+    ids[torch.arange(3).expand(ids.shape) >= torch.randint(0, 4, (4, 1, 10, 1),
+                                                           generator=generator)] = -1
+    return ids
+
+
+def test_the_loss_is_that_of_each_position_by_itself(make_model, make_text, given, reread):
+    """Several documents; value and every gradient, in two micro-batches as in one."""
+    model, (text, docs) = make_model(reread=reread), make_text(4, 13)
     objective = Objective(base_weight=0.7, mixed_weight=0.4, policy_weight=10.0)
-    expected = naive_loss(model, text, docs, given, 3, objective)
+    u = torch.rand(given.shape, generator=torch.Generator().manual_seed(4))
+    thoughts, _ = model.rollout(text, docs, u, given)
+    expected = naive_loss(model, text, docs, thoughts, given, 3, objective)
     names, parameters = zip(*model.named_parameters())
     slopes = torch.autograd.grad(expected, parameters)
-    counts = torch.cat((Valid.from_docs(docs, 3).after(given).counts(),
-                        (given >= 0).sum()[None]))
+    counts = torch.cat((Valid.from_docs(docs, 3).counts(), (given >= 0).sum()[None]))
     losses = []
     for part in (slice(0, 1), slice(1, 4)):
-        thoughts, same = take_given(text[part], docs[part], given[part])
-        losses.append(model.given_loss(text[part], docs[part], thoughts, same, counts, objective))
+        losses.append(model.given_loss(text[part], docs[part], thoughts[part], given[part], counts,
+                                       objective))
         losses[-1][0].backward()
     assert abs(sum(loss for loss, _ in losses) - expected) < 1e-12
     for name, p, slope in zip(names, parameters, slopes):
         torch.testing.assert_close(p.grad, slope, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_an_update_without_thoughts_in_its_windows_is_plain_training(make_model, make_text):
+def test_what_is_not_given_is_sampled_after_what_is(make_model, make_text, given, reread):
+    """As a rollout of those very tokens would have it: with the same random numbers, thoughts that
+    are given in full are what a rollout without any sampled."""
+    model, (text, docs) = make_model(reread=reread), make_text(4, 13)
+    u = torch.rand(given.shape, generator=torch.Generator().manual_seed(4))
+    free, free_lp = model.rollout(text, docs, u)
+    thoughts, _ = model.rollout(text, docs, u, given)
+    assert torch.equal(thoughts[given >= 0], given[given >= 0])
+    none = (given < 0).all(-1)
+    assert none.any() and torch.equal(thoughts[none], free[none])
+    shown = torch.where(torch.arange(3) < 2, free, -1)  # the first two of its own: the rest follows
+    again, lp = model.rollout(text, docs, u, shown)
+    assert torch.equal(again, free) and torch.equal(lp, free_lp)
+    short = (given[..., 0] >= 0) & (given[..., 1] < 0)
+    assert (thoughts[short] != free[short])[..., 1:].any()
+
+
+def test_an_update_without_given_thoughts_has_no_surprise(make_model, make_text):
     model, (text, docs) = make_model(), make_text(2, 12)
-    given = torch.full((2, 1, 10, 3), -1)
-    counts = torch.cat((Valid.from_docs(docs, 2).after(given).counts(), torch.zeros(1)))
-    loss, stats = model.given_loss(text, docs, *take_given(text, docs, given), counts,
-                                   Objective(base_weight=1.0))
-    plain, _ = model.text_loss(text, docs, counts, 2)
-    assert abs(loss - plain) < 1e-12
-    assert stats["nll_thought"] == stats["nll_talk"] == 0
+    given, u = torch.full((2, 1, 10, 3), -1), torch.rand(2, 1, 10, 3)
+    valid = Valid.from_docs(docs, 2).counts()
+    thoughts, lp = model.rollout(text, docs, u, given)
+    loss, stats = model.given_loss(text, docs, thoughts, given,
+                                   torch.cat((valid, torch.zeros(1))), Objective())
+    other, _ = model.loss(text, docs, thoughts, lp, valid, Objective(policy_weight=0.0))
+    assert abs(loss - other) < 1e-12 and stats["nll_thought"] == 0
 
 
 # ---- windows
@@ -148,15 +168,15 @@ def test_windows_depend_on_step_and_index_alone(data):
 
 
 def test_the_update_counts_what_it_divides_by(data):
-    cfg = small(max_length=6, n_ahead=5, n_ahead_talk=2, batch_size=4, grad_accum=3)
+    cfg = small(max_length=6, n_ahead=5, n_ahead_talk=2, batch_size=4, grad_accum=3, n_passes=1)
     _, docs, given, counts = load_given(data, 1, cfg)
     n_base = int((docs[:, 1:7] == docs[:, :6]).sum())
-    whole = given[:, 0, :, 2] >= 0
-    near, far = ((docs[:, 1 + k:7 + k] == docs[:, :6]) & whole for k in range(2))
-    assert counts.tolist() == [n_base, near.sum(), far.sum(), far.sum(), (given >= 0).sum()]
+    n_far = int((docs[:, 2:8] == docs[:, :6]).sum())
+    assert counts.tolist() == [n_base, n_base, n_far, n_far, (given >= 0).sum()]
     batches, same = script.load_batches(data, "warm", 1, cfg)
     assert torch.equal(same, counts) and [len(x[0]) for x in batches] == [4, 4, 4]
-    assert torch.equal(torch.cat([b[2] for b in batches]), given)
+    assert torch.equal(torch.cat([b[3] for b in batches]), given)
+    assert batches[0][2].shape == (4, 1, 6, 3)
 
 
 @pytest.mark.parametrize("harm", [
@@ -246,8 +266,7 @@ def test_the_corpus_gives_the_steps_of_training_problems_alone(tmp_path):
     text = fold.decode(data.windows([0], data.n_tokens)[0][0].tolist(), 1)
     squares = fold.latin_squares(0)
     assert len(data.thoughts.positions) == 60
-    direct = [line for line in text.splitlines() if "(" not in line][:60]
-    for n, (position, line) in enumerate(zip(data.thoughts.positions, direct)):
+    for n, (position, line) in enumerate(zip(data.thoughts.positions, text.splitlines())):
         start_ = text.rindex("\n", 0, position) + 1 if "\n" in text[:position] else 0
         problem = text[start_:position]
         assert text[position] == "=" and line.startswith(problem + "=")
