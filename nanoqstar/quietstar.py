@@ -193,7 +193,10 @@ class QuietStar(nn.Module):
 
     def score(self, text: torch.Tensor, docs: torch.Tensor, thoughts: torch.Tensor) -> States:
         """`hidden_states`, and what the mixing head makes of text and lookahead (paper 4.3)."""
-        base, thought, talk = self.hidden_states(text, docs, thoughts)
+        return self.mixed(*self.hidden_states(text, docs, thoughts))
+
+    def mixed(self, base: torch.Tensor, thought: torch.Tensor, talk: torch.Tensor) -> States:
+        """Of `hidden_states`."""
         n_talk = talk.shape[3]
         base_ahead, base_half = (  # (B, 1, T, A, D): the same targets as talk
             x.unfold(1, n_talk, 1).movedim(-1, 2)[:, None]
@@ -225,22 +228,28 @@ class QuietStar(nn.Module):
                    given: torch.Tensor, counts: torch.Tensor, objective: Objective
                    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The same where the text was given thoughts: in place of the policy term the mean of
-        -log p(t_k | text, start, t_<k) over their tokens.
+        -log p over their tokens, and over the true ones after whole thoughts, not mixed.
 
         thoughts: (B, P, T, S) of `rollout`. given: those of its tokens that were not sampled, else
-        -1. counts: `Valid.counts` of the whole update, and the number of given tokens.
+        -1. counts: `Valid.counts` of the whole update, and how many tokens are in that mean.
         """
-        shown, head = given >= 0, self.lm.head_weight
+        valid = Valid.from_docs(docs, text.shape[1] - given.shape[2])
+        shown, follows = given >= 0, valid.after_given(given)
+        targets = text[:, 1:].unfold(1, follows.shape[-1], 1)[:, None].expand(follows.shape)
         with autocast(text.device):
-            states = self.score(text, docs, thoughts)
+            base, thought, talk = self.hidden_states(text, docs, thoughts)
             nll, stats, _ = quiet_star_loss(
-                states, head, text, thoughts, Valid.from_docs(docs, states.mix.shape[-1]),
+                self.mixed(base, thought, talk), self.lm.head_weight, text, thoughts, valid,
                 counts[:-1], replace(objective, policy_weight=0.0), self.banned)
             weight = -1 / counts[-1].clamp(min=1).to(nll.dtype)
-            surprise, _ = weighted_log_probs(states.thought[shown], head, given[shown],
-                                             weight.expand(len(given[shown])), banned=self.banned)
-        kept = ("nll_base", "nll_talk", "reward", "mix")
-        return nll + surprise, {"nll_thought": surprise.detach(), **{k: stats[k] for k in kept}}
+            taught = torch.zeros_like(nll)
+            for rows, ids, kept, banned in ((thought, given, shown, self.banned),
+                                               (talk, targets, follows, None)):
+                taught = taught + weighted_log_probs(
+                    rows[kept], self.lm.head_weight, ids[kept],
+                    weight.expand(int(kept.sum())), banned=banned)[0]
+        names = ("nll_base", "nll_talk", "reward", "mix")
+        return nll + taught, {"nll_given": taught.detach(), **{k: stats[k] for k in names}}
 
     def text_loss(self, text: torch.Tensor, docs: torch.Tensor, counts: torch.Tensor, n_talk: int
                   ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

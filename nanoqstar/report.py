@@ -207,7 +207,7 @@ def curves_section(rows: Sequence[Row], thinks: bool) -> str:
                lines("NLL of pre-training", "nats a token",
                      [of("training", "train", "pretrain", "nll_base")]),
                lines("NLL of given thoughts", "nats a token",
-                     [of("training", "train", "warm", "nll_thought")])]
+                     [of("training", "train", "warm", "nll_given")])]
     body = "".join(charts)
     return section("curves", "How it trained",
                    "Lines with dots are held-out, the others of training, as far as it has come.",

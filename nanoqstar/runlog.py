@@ -236,7 +236,7 @@ class RunLog:
         if self.peak:
             values["mfu"] = work / seconds / self.peak
         self.write(phase, done, **values)
-        shown = ("nll_base", "nll_talk", "nll_thought", "policy", "reward", "gain", "positive",
+        shown = ("nll_base", "nll_talk", "nll_given", "policy", "reward", "gain", "positive",
                  "mix", "entropy", "distinct")
         parts = [f"{phase} {done:5d}/{last}",
                  *(f"{k.removeprefix('nll_')} {values[k]:.3f}" for k in shown if k in values),

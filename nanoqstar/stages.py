@@ -48,5 +48,6 @@ def load_given(data: TokenDataset, step: int, cfg: Any
     text, docs, given = data.thought_batch(
         cfg.seed, step, range(cfg.batch_size * cfg.grad_accum), cfg.max_length, cfg.n_ahead_talk,
         cfg.n_ahead - 2)
-    counts = Valid.from_docs(docs, cfg.n_ahead_talk).counts()
-    return text, docs, given, torch.cat((counts, (given >= 0).sum()[None]))
+    valid = Valid.from_docs(docs, cfg.n_ahead_talk)
+    n_taught = (given >= 0).sum() + valid.after_given(given).sum()
+    return text, docs, given, torch.cat((valid.counts(), n_taught[None]))

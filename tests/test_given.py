@@ -126,7 +126,7 @@ def test_an_update_without_given_thoughts_has_no_surprise(make_model, make_text)
     loss, stats = model.given_loss(text, docs, thoughts, given,
                                    torch.cat((valid, torch.zeros(1))), Objective())
     other, _ = model.loss(text, docs, thoughts, lp, valid, Objective(policy_weight=0.0))
-    assert abs(loss - other) < 1e-12 and stats["nll_thought"] == 0
+    assert abs(loss - other) < 1e-12 and stats["nll_given"] == 0
 
 
 # ---- windows
@@ -224,7 +224,7 @@ def test_a_run_writes_warms_and_thinks(straight):
     assert [(r["kind"], r["step"]) for r in rows(straight)] == [
         ("pretrain", 2), ("pretrain", 3), ("warm", 2), ("warm", 4), ("warm", 5), ("eval", 0),
         ("think", 2), ("think", 3), ("eval", 3), ("end", 3)]
-    assert all(0 < r["nll_thought"] < 4 for r in rows(straight, "warm"))
+    assert all(0 < r["nll_given"] < 4 for r in rows(straight, "warm"))
 
 
 @pytest.mark.parametrize("n", [3, 4, 6, 8, 9])  # the last of pre-training, three of warm, thinking
@@ -441,5 +441,5 @@ def test_a_prepared_folder_trains(run, tmp_path, tokenizer):
                "--max_length=20", "--eval_windows=4", "--threads=1", "--warm_steps=20",
                "--max_steps=1", "--log_every=5", f"--out_dir={tmp_path / 'x'}"]
     assert config.n_ahead and script.main(command) == 0
-    surprise = [r["nll_thought"] for r in rows(tmp_path / "x", "warm")]
+    surprise = [r["nll_given"] for r in rows(tmp_path / "x", "warm")]
     assert surprise[-1] < surprise[0]
