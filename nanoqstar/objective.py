@@ -55,8 +55,8 @@ class Valid:
         return cls(talk[..., 0], talk, talk.all(-1))
 
     def after_given(self, given: torch.Tensor) -> torch.Tensor:
-        """Of talk, what follows whole given thoughts, (B, P, T, A); given (B, P, T, S) ids, -1 where
-        there are none."""
+        """Of talk, what follows whole given thoughts, (B, P, T, A); given: (B, P, T, S) ids, -1
+        where there are none."""
         return self.talk[:, None] & (given[..., -1:] >= 0)
 
     def counts(self) -> torch.Tensor:

@@ -244,7 +244,7 @@ class QuietStar(nn.Module):
             weight = -1 / counts[-1].clamp(min=1).to(nll.dtype)
             taught = torch.zeros_like(nll)
             for rows, ids, kept, banned in ((thought, given, shown, self.banned),
-                                               (talk, targets, follows, None)):
+                                            (talk, targets, follows, None)):
                 taught = taught + weighted_log_probs(
                     rows[kept], self.lm.head_weight, ids[kept],
                     weight.expand(int(kept.sum())), banned=banned)[0]

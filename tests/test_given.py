@@ -39,7 +39,7 @@ def naive_loss(model, text, docs, thoughts, given, n_talk, objective):
             logits = logits.masked_fill(banned, -torch.inf)
         return logits.log_softmax(-1)
 
-    base_nll, surprise, talk_nll = [], [], [[] for _ in range(n_talk)]
+    base_nll, taught, talk_nll = [], [], [[] for _ in range(n_talk)]
     for x, doc, rows_, known in zip(text, docs, thoughts[:, 0], given[:, 0]):
         def base_state(i, x=x, doc=doc):
             first = int((doc == doc[i]).nonzero()[0])
@@ -60,15 +60,17 @@ def naive_loss(model, text, docs, thoughts, given, n_talk, objective):
             states = hidden(torch.cat((before, begin, thought, finish, ahead)),
                             torch.tensor(places))[len(before):]
             lp = log_probs(states[:n], model.banned)
-            surprise += [-lp[k, ids[k]] for k in range(n) if known[i, k] >= 0]
+            taught += [-lp[k, ids[k]] for k in range(n) if known[i, k] >= 0]
             for k in range(n_talk):
                 if all(doc[i + 1 + j] == doc[i] for j in range(k + 1)):
                     own, other = states[n + 1 + k], base_state(i + k)
+                    if known[i, -1] >= 0:
+                        taught.append(-log_probs(own)[x[i + 1 + k]])
                     w = torch.nn.Sequential(*model.mixing_head)(torch.cat((other, own)))
                     talk_nll[k].append(-log_probs((1 - w) * other + w * own)[x[i + 1 + k]])
     means = [torch.stack(x).mean() for x in talk_nll]
     return (objective.base_weight * torch.stack(base_nll).mean()
-            + objective.mixed_weight * torch.stack(means).mean() + torch.stack(surprise).mean())
+            + objective.mixed_weight * torch.stack(means).mean() + torch.stack(taught).mean())
 
 
 @pytest.fixture
@@ -90,7 +92,10 @@ def test_the_loss_is_that_of_each_position_by_itself(make_model, make_text, give
     expected = naive_loss(model, text, docs, thoughts, given, 3, objective)
     names, parameters = zip(*model.named_parameters())
     slopes = torch.autograd.grad(expected, parameters)
-    counts = torch.cat((Valid.from_docs(docs, 3).counts(), (given >= 0).sum()[None]))
+    whole = given[:, 0, :, 2] >= 0
+    n_taught = (given >= 0).sum() + sum((whole & (docs[:, k:10 + k] == docs[:, :10])).sum()
+                                        for k in (1, 2, 3))
+    counts = torch.cat((Valid.from_docs(docs, 3).counts(), n_taught[None]))
     losses = []
     for part in (slice(0, 1), slice(1, 4)):
         losses.append(model.given_loss(text[part], docs[part], thoughts[part], given[part], counts,
@@ -118,7 +123,7 @@ def test_what_is_not_given_is_sampled_after_what_is(make_model, make_text, given
     assert (thoughts[short] != free[short])[..., 1:].any()
 
 
-def test_an_update_without_given_thoughts_has_no_surprise(make_model, make_text):
+def test_an_update_without_given_thoughts_teaches_none(make_model, make_text):
     model, (text, docs) = make_model(), make_text(2, 12)
     given, u = torch.full((2, 1, 10, 3), -1), torch.rand(2, 1, 10, 3)
     valid = Valid.from_docs(docs, 2).counts()
@@ -171,8 +176,9 @@ def test_the_update_counts_what_it_divides_by(data):
     cfg = small(max_length=6, n_ahead=5, n_ahead_talk=2, batch_size=4, grad_accum=3, n_passes=1)
     _, docs, given, counts = load_given(data, 1, cfg)
     n_base = int((docs[:, 1:7] == docs[:, :6]).sum())
-    n_far = int((docs[:, 2:8] == docs[:, :6]).sum())
-    assert counts.tolist() == [n_base, n_base, n_far, n_far, (given >= 0).sum()]
+    n_far, whole = int((docs[:, 2:8] == docs[:, :6]).sum()), given[:, 0, :, 2] >= 0
+    after = sum(int((whole & (docs[:, k:6 + k] == docs[:, :6])).sum()) for k in (1, 2))
+    assert counts.tolist() == [n_base, n_base, n_far, n_far, (given >= 0).sum() + after]
     batches, same = script.load_batches(data, "warm", 1, cfg)
     assert torch.equal(same, counts) and [len(x[0]) for x in batches] == [4, 4, 4]
     assert torch.equal(torch.cat([b[3] for b in batches]), given)
@@ -441,5 +447,5 @@ def test_a_prepared_folder_trains(run, tmp_path, tokenizer):
                "--max_length=20", "--eval_windows=4", "--threads=1", "--warm_steps=20",
                "--max_steps=1", "--log_every=5", f"--out_dir={tmp_path / 'x'}"]
     assert config.n_ahead and script.main(command) == 0
-    surprise = [r["nll_given"] for r in rows(tmp_path / "x", "warm")]
-    assert surprise[-1] < surprise[0]
+    learned_ = [r["nll_given"] for r in rows(tmp_path / "x", "warm")]
+    assert learned_[-1] < learned_[0]
