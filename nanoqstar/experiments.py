@@ -87,7 +87,7 @@ GIVEN = {
     "no worked lines, usual start": UNSEEN,
     "no worked lines, newline start": f"{UNSEEN} {NEWLINE}",
     **{f"{n} thoughts given, newline start{name}":
-       f"{UNSEEN} {NEWLINE} --fold_thoughts {n} --warm_steps 400{own}"
+       f"{UNSEEN} {NEWLINE} --fold_thoughts {n} --warm_steps 300{own}"
        for n in (30, 100, 300, 1000) for name, own in (
            ("", ""), (", policy weight 0", " --policy_weight 0"),
            (", warm start alone", " --max_steps 1"))}}
