@@ -192,8 +192,9 @@ class TokenDataset:
     def thought_batch(self, seed: int, step: int, indices: Iterable[int], n_positions: int,
                       n_talk: int, n_sampled: int
                       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Windows of T + A tokens, each around a given thought drawn at random, and all given
-        thoughts that stand in them; functions of the same as those of `batch`.
+        """Windows of T + A tokens: of two neighbours one around a given thought drawn at random,
+        with all given thoughts that stand in it, and one anywhere, without; functions of the same
+        as those of `batch`.
 
         Returns text and document indices (B, T+A), and thoughts (B, 1, T, S): their first S tokens,
         -1 after their end and where there are none.
@@ -202,13 +203,16 @@ class TokenDataset:
         assert known is not None
         for index in indices:
             rng = stream("windows", "warm", step, index, seed)
-            drawn = known.positions[rng.integers(len(known.positions))]
-            starts.append(min(max(int(drawn - rng.integers(n_positions)), 0), last))
-            inside = np.searchsorted(known.positions, (starts[-1], starts[-1] + n_positions))
+            start, inside = int(rng.integers(last + 1)), np.zeros(2, int)
+            if (step + index) % 2 == 0:
+                drawn = known.positions[rng.integers(len(known.positions))]
+                start = min(max(int(drawn - rng.integers(n_positions)), 0), last)
+                inside = np.searchsorted(known.positions, (start, start + n_positions))
+            starts.append(start)
             given = np.full((1, n_positions, n_sampled), -1)
             for n in rng.permutation(np.arange(*inside)):  # of several in a place, any
                 ids = known.of(n)[:n_sampled]
-                place = given[0, known.positions[n] - starts[-1]]
+                place = given[0, known.positions[n] - start]
                 place[:], place[:len(ids)] = -1, ids
             thoughts.append(given)
         text, docs = self.windows(starts, n_positions + n_talk)

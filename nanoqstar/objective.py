@@ -54,6 +54,11 @@ class Valid:
         talk = docs.unfold(1, n_ahead_talk + 1, 1)[..., 1:] == docs[:, :-n_ahead_talk, None]
         return cls(talk[..., 0], talk, talk.all(-1))
 
+    def without_given(self, given: torch.Tensor) -> "Valid":
+        """Of these, what is in windows that have no given thoughts."""
+        none = (given < 0).flatten(1).all(1)[:, None]
+        return Valid(self.base & none, self.talk & none[..., None], self.policy & none)
+
     def after_given(self, given: torch.Tensor) -> torch.Tensor:
         """Of talk, what follows whole given thoughts, (B, P, T, A); given: (B, P, T, S) ids, -1
         where there are none."""

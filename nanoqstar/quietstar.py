@@ -228,10 +228,11 @@ class QuietStar(nn.Module):
                    given: torch.Tensor, counts: torch.Tensor, objective: Objective
                    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The same where the text was given thoughts: in place of the policy term the mean of
-        -log p over their tokens, and over the true ones after whole thoughts, not mixed.
+        -log p over their tokens, and over the true ones after whole thoughts, not mixed. The other
+        terms are of the windows without any: few thoughts stand in few texts, soon known by heart.
 
         thoughts: (B, P, T, S) of `rollout`. given: those of its tokens that were not sampled, else
-        -1. counts: `Valid.counts` of the whole update, and how many tokens are in that mean.
+        -1. counts: of `Valid.without_given` in the whole update, and the tokens of that mean.
         """
         valid = Valid.from_docs(docs, text.shape[1] - given.shape[2])
         shown, follows = given >= 0, valid.after_given(given)
@@ -239,8 +240,9 @@ class QuietStar(nn.Module):
         with autocast(text.device):
             base, thought, talk = self.hidden_states(text, docs, thoughts)
             nll, stats, _ = quiet_star_loss(
-                self.mixed(base, thought, talk), self.lm.head_weight, text, thoughts, valid,
-                counts[:-1], replace(objective, policy_weight=0.0), self.banned)
+                self.mixed(base, thought, talk), self.lm.head_weight, text, thoughts,
+                valid.without_given(given), counts[:-1], replace(objective, policy_weight=0.0),
+                self.banned)
             weight = -1 / counts[-1].clamp(min=1).to(nll.dtype)
             taught = torch.zeros_like(nll)
             for rows, ids, kept, banned in ((thought, given, shown, self.banned),

@@ -1,9 +1,9 @@
 """The stages of a run: a new model learns to write first; where the data was given thoughts, the
 model may learn those in a warm start; then it thinks.
 
-A window of a warm start is drawn around a given thought, and all that stand in it are learned in
-one packed forward with a single pass. Everywhere else, and where a given thought is shorter than a
-sampled one, the model samples, so that the mixing head learns what its other thoughts are worth.
+Half of the windows of a warm start are drawn around given thoughts, and all that stand in them are
+learned in one packed forward with a single pass. The others are of any text, as ever: there the
+model samples, and the mixing head learns what its thoughts are worth by now.
 """
 
 from collections.abc import Iterator
@@ -50,4 +50,4 @@ def load_given(data: TokenDataset, step: int, cfg: Any
         cfg.n_ahead - 2)
     valid = Valid.from_docs(docs, cfg.n_ahead_talk)
     n_taught = (given >= 0).sum() + valid.after_given(given).sum()
-    return text, docs, given, torch.cat((valid.counts(), n_taught[None]))
+    return text, docs, given, torch.cat((valid.without_given(given).counts(), n_taught[None]))
