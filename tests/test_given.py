@@ -41,12 +41,13 @@ def naive_loss(model, text, docs, thoughts, given, n_talk, objective):
 
     base_nll, taught, talk_nll = [], [], [[] for _ in range(n_talk)]
     for x, doc, rows_, known in zip(text, docs, thoughts[:, 0], given[:, 0]):
+        plain = bool((known < 0).all())
         def base_state(i, x=x, doc=doc):
             first = int((doc == doc[i]).nonzero()[0])
             return hidden(model.lm.embed(x[first:i + 1]), torch.arange(first, i + 1))[-1]
 
         for i, ids in enumerate(rows_):
-            if doc[i + 1] == doc[i]:
+            if plain and doc[i + 1] == doc[i]:
                 base_nll.append(-log_probs(base_state(i))[x[i + 1]])
             first, n = int((doc == doc[i]).nonzero()[0]), len(ids)
             before, thought = model.lm.embed(x[first:i + 1]), model.lm.embed(ids)
@@ -66,6 +67,8 @@ def naive_loss(model, text, docs, thoughts, given, n_talk, objective):
                     own, other = states[n + 1 + k], base_state(i + k)
                     if known[i, -1] >= 0:
                         taught.append(-log_probs(own)[x[i + 1 + k]])
+                    if not plain:
+                        continue
                     w = torch.nn.Sequential(*model.mixing_head)(torch.cat((other, own)))
                     talk_nll[k].append(-log_probs((1 - w) * other + w * own)[x[i + 1 + k]])
     means = [torch.stack(x).mean() for x in talk_nll]
@@ -75,11 +78,12 @@ def naive_loss(model, text, docs, thoughts, given, n_talk, objective):
 
 @pytest.fixture
 def given():
-    """Whole thoughts, short ones and none."""
+    """Whole thoughts, short ones and none; in two windows none at all."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(8, 60, (4, 1, 10, 3), generator=generator)
     ids[torch.arange(3).expand(ids.shape) >= torch.randint(0, 4, (4, 1, 10, 1),
                                                            generator=generator)] = -1
+    ids[1:3] = -1
     return ids
 
 
@@ -95,9 +99,9 @@ def test_the_loss_is_that_of_each_position_by_itself(make_model, make_text, give
     whole = given[:, 0, :, 2] >= 0
     n_taught = (given >= 0).sum() + sum((whole & (docs[:, k:10 + k] == docs[:, :10])).sum()
                                         for k in (1, 2, 3))
-    counts = torch.cat((Valid.from_docs(docs, 3).counts(), n_taught[None]))
+    counts = torch.cat((Valid.from_docs(docs[1:3], 3).counts(), n_taught[None]))
     losses = []
-    for part in (slice(0, 1), slice(1, 4)):
+    for part in (slice(0, 2), slice(2, 4)):
         losses.append(model.given_loss(text[part], docs[part], thoughts[part], given[part], counts,
                                        objective))
         losses[-1][0].backward()
@@ -147,9 +151,15 @@ def data(tmp_path):
 
 
 def test_windows_stand_around_thoughts_and_hold_all_that_are_inside(data):
-    text, docs, given = data.thought_batch(0, 3, range(400), 6, 2, 3)
-    assert text.shape == docs.shape == (400, 8) and given.shape == (400, 1, 6, 3)
+    text, docs, given = data.thought_batch(0, 3, range(800), 6, 2, 3)
+    assert text.shape == docs.shape == (800, 8) and given.shape == (800, 1, 6, 3)
     assert (docs == text // 10).all()
+    assert (given[::2] == -1).all()  # of step 3; the others are of any text
+    assert len(text[::2, 0].unique()) > 100
+    assert len(text[1::2, 0].unique()) < 25
+    odd = data.thought_batch(0, 4, range(800), 6, 2, 3)[2]
+    assert (odd[1::2] == -1).all() and (odd[::2] >= 0).any()
+    text, given = text[1::2], given[1::2]
     expected = {0: {(1, 2, 3)}, 30: {(7, 7, 7)}, 31: {(5, 6, -1), (4, 4, 4)}}  # 118: no window's
     seen, held = {}, []
     for x, row in zip(text.tolist(), given[:, 0].tolist()):
@@ -175,8 +185,10 @@ def test_windows_depend_on_step_and_index_alone(data):
 def test_the_update_counts_what_it_divides_by(data):
     cfg = small(max_length=6, n_ahead=5, n_ahead_talk=2, batch_size=4, grad_accum=3, n_passes=1)
     _, docs, given, counts = load_given(data, 1, cfg)
-    n_base = int((docs[:, 1:7] == docs[:, :6]).sum())
-    n_far, whole = int((docs[:, 2:8] == docs[:, :6]).sum()), given[:, 0, :, 2] >= 0
+    plain = docs[(given[:, 0] < 0).all(-1).all(-1)]  # half of them, and those around 118
+    assert 6 < len(plain) < 12
+    n_base = int((plain[:, 1:7] == plain[:, :6]).sum())
+    n_far, whole = int((plain[:, 2:8] == plain[:, :6]).sum()), given[:, 0, :, 2] >= 0
     after = sum(int((whole & (docs[:, k:6 + k] == docs[:, :6])).sum()) for k in (1, 2))
     assert counts.tolist() == [n_base, n_base, n_far, n_far, (given >= 0).sum() + after]
     batches, same = script.load_batches(data, "warm", 1, cfg)
