@@ -2,6 +2,7 @@
 
     python data/prepare.py                                        # 200M tokens of FineWeb-Edu
     python data/prepare.py --input FOLDER --tokenizer train:4096  # your own text, no network
+    python data/prepare.py --input FOLDER --thoughts FILE.jsonl   # with thoughts to begin from
 
 Documents flow file by file: read, filtered, split by the hash of their text, tokenized in batches
 on all cores.  Interrupted, the same command continues after the last batch.  Downloads stay in the
