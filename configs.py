@@ -102,6 +102,10 @@ class TrainConfig:
     thoughts_from: str | None = setting(
         None, "control experiment: thoughts drawn uniformly from the tokens of this text instead "
         "of from the model (one token: fixed thoughts)", escapes=True, when=THOUGHTS)
+    warm_steps: int = setting(
+        0, "updates before thinking that learn the thoughts given to the data (data/prepare.py "
+        "--thoughts, or fold_thoughts): their first n_ahead - 2 tokens", at_least=0, at_most=10**9,
+        when=THOUGHTS)
     trainable: Literal["all", "thoughts", "mixing_head"] = setting(
         "all", "control experiment: what learns; thoughts: start, end and mixing head")
     lora_rank: int = setting(
@@ -168,6 +172,10 @@ class TrainConfig:
                                         "answer directly", at_least=0, at_most=1, when=FOLD)
     fold_tokens: int = setting(1_500_000, "characters of training text", at_least=1, at_most=10**9,
                                when=FOLD)
+
+    fold_thoughts: int = setting(0, "problems, the first of the training text, whose steps are "
+                                 "given as a thought after `=`", at_least=0, at_most=10**6,
+                                 when=FOLD)
 
     # ---- logging
     log_every: int = setting(
@@ -544,7 +552,11 @@ class PrepareConfig:
     val_fraction: float = setting(0.01, "share of documents held out, chosen by their hash",
                                   above=0, below=1)
     strict: bool = setting(False, "refuse a file with bytes that are no UTF-8 or lines that are no "
-                           "JSON, instead of leaving those out")
+                           "JSON, instead of leaving those out; a bad thought, too")
+    thoughts: str | None = setting(
+        None, "a .jsonl (also .gz) of thoughts for train.py --warm_steps; a line has a `document` "
+        "(its whole text), a `position` in it (characters before the thought) and a `thought`",
+        at_least=1)
     tokenizer: str = setting("Qwen/Qwen2.5-3B", "folder or Hub id with a tokenizer.json, or "
                              "train:N for a new byte-level BPE of N entries, trained on the text",
                              at_least=1)

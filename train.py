@@ -50,6 +50,7 @@ from nanoqstar.objective import Objective, Valid
 from nanoqstar.quietstar import QuietStar, uniforms
 from nanoqstar.run import Run, check, planned, prepare
 from nanoqstar.runlog import RunLog, Signals, run_folder, start_wandb, write
+from nanoqstar.stages import load_given, stages
 from nanoqstar.state import Progress, State, States
 from nanoqstar.state import read as read_state
 
@@ -57,14 +58,17 @@ from nanoqstar.state import read as read_state
 
 
 def load_batches(data: TokenDataset, phase: str, step: int, cfg: TrainConfig, pin: bool = False):
-    """This rank's micro-batches of an update, (text, docs[, uniforms of the thoughts]) each, and
-    all ranks' counts: each has its share of the batch_size * grad_accum windows.
+    """This rank's micro-batches of an update, (text, docs[, uniforms of the thoughts[, given
+    ones]]) each, and all ranks' counts: each has its share of the batch_size * grad_accum windows.
 
     pin: in page-locked memory, from where a GPU copies while it computes.
     """
     n_windows, window = cfg.batch_size * cfg.grad_accum, cfg.max_length + cfg.n_ahead_talk
-    text, docs = data.batch(cfg.seed, phase, step, range(n_windows), window)
-    counts = Valid.from_docs(docs, cfg.n_ahead_talk).counts()
+    if phase == "warm":
+        text, docs, given, counts = load_given(data, step, cfg)
+    else:
+        text, docs = data.batch(cfg.seed, phase, step, range(n_windows), window)
+        counts = Valid.from_docs(docs, cfg.n_ahead_talk).counts()
     batches, own = [], parallel.share(n_windows)
     for first in own[::cfg.batch_size]:
         index = range(first, min(first + cfg.batch_size, own.stop))
@@ -72,6 +76,8 @@ def load_batches(data: TokenDataset, phase: str, step: int, cfg: TrainConfig, pi
         if cfg.n_ahead:
             shape = (cfg.n_passes, cfg.max_length, cfg.n_ahead - 2)
             tensors.append(uniforms(cfg.seed, phase, step, index, shape))
+        if phase == "warm":
+            tensors.append(given[index.start:index.stop])
         batches.append([x.pin_memory() if pin else x for x in tensors])
     return batches, counts
 
@@ -91,7 +97,10 @@ def train_step(model, optimizer, batches, counts, objective, lr, cfg, rollout=No
         text, docs, *u = (x.to(device, non_blocking=True) for x in micro_batch)
         if cfg.n_ahead:
             thoughts, sampled_lp = (rollout or model.rollout)(text, docs, *u)  # think: (B, P, T, S)
-            loss, stats = model.loss(text, docs, thoughts, sampled_lp, counts, objective)
+            if len(u) == 1:
+                loss, stats = model.loss(text, docs, thoughts, sampled_lp, counts, objective)
+            else:  # of which some were given
+                loss, stats = model.given_loss(text, docs, thoughts, u[1], counts, objective)
         else:
             loss, stats = model.text_loss(text, docs, counts, cfg.n_ahead_talk)
         loss.backward()  # shares of the update's means: micro-batches add up
@@ -147,11 +156,13 @@ def make_optimizer(model: QuietStar, cfg: TrainConfig) -> torch.optim.AdamW:
 def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> Progress:
     """cfg.max_steps updates with evaluations, logging and saves on the way.
 
-    phase: 'pretrain', 'think' or 'text'. first: updates before these. However it ends, what was
-    learned is saved, unless other ranks know nothing of the end.
+    phase: 'pretrain', 'warm', 'think' or 'text', of which the last two evaluate. first: updates
+    before these. However it ends, what was learned is saved, unless other ranks know nothing of the
+    end.
     """
     model, log, last = this.model, this.log, first + cfg.max_steps
-    optimizer, rollout = make_optimizer(model, cfg), this.rollout
+    optimizer = make_optimizer(model, cfg)
+    rollout = model.rollout if phase == "warm" else this.rollout
     parallel.follow(model)
     at = parallel.together(this.begin, phase, first, last, optimizer)
     begun, torn = at.update, []  # torn: between the first parameter's update and the last's
@@ -161,12 +172,12 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> Progress:
                       pin=model.lm.head_weight.is_cuda)
     steps = tqdm(range(begun, last), desc=phase, unit="step", dynamic_ncols=True,
                  initial=begun - first, total=cfg.max_steps, disable=parallel.rank() > 0 or None)
-    n_windows = cfg.batch_size * cfg.grad_accum
+    n_windows, evaluates = cfg.batch_size * cfg.grad_accum, phase in ("think", "text")
     log.start_clock(begun)
     try:
         for step, (batches, counts) in zip(steps, prefetched(reading, range(begun, last))):
             due = step > begun and step % cfg.save_every == 0
-            if phase != "pretrain" and at.score is None and (step - first) % cfg.eval_every == 0:
+            if evaluates and at.score is None and (step - first) % cfg.eval_every == 0:
                 this.evaluate(at)
                 due = due or (step > first and this.is_best(at))
                 log.start_clock(step)
@@ -199,21 +210,7 @@ def train(this: Run, cfg: TrainConfig, phase: str, first: int = 0) -> Progress:
     return at
 
 
-# ---- the stages of a run
-
-
-def pretrain(this: Run) -> None:
-    """A new model learns to write first."""
-    cfg = this.cfg
-    if (this.origin is not None or not cfg.pretrain_steps
-            or (this.state and this.state[1]["progress"].phase != "pretrain")):
-        return
-    train(this, dataclasses.replace(
-        cfg, n_ahead=0, trainable="all", lora_rank=0, max_steps=cfg.pretrain_steps,
-        batch_size=cfg.pretrain_batch_size, grad_accum=1, learning_rate=cfg.pretrain_learning_rate,
-        warmup_steps=30, schedule="cosine", beta2=0.99, weight_decay=0.01), "pretrain")
-    this.init_thoughts()  # from the embeddings as they are now
-    this.log.pretrained = cfg.pretrain_steps
+# ---- all of a run
 
 
 def find_state(cfg: TrainConfig, states: States) -> State | None:
@@ -255,5 +252,6 @@ def run_on_all(name: str, cfg: TrainConfig) -> None:
             log = RunLog(folder, config, wandb, flops.peak_flops(device), cfg.keep)
             this = prepare(cfg, fold.Corpus.of(cfg), log, signals, device, splits, loaded, state)
         with log.saying_what_is_kept():
-            pretrain(this)
-            this.finish(train(this, cfg, "think" if cfg.n_ahead else "text", this.first))
+            for stage in stages(this):
+                at = train(this, *stage)
+            this.finish(at)

@@ -211,16 +211,28 @@ def encode(text: str, characters: str) -> np.ndarray:
     return table[np.frombuffer(text.encode("ascii"), dtype=np.uint8)]
 
 
-def prepare(folder: str | Path, *, seed: int, n_train: int, n_val: int, **make: Any) -> None:
+def given_thoughts(text: str, n: int, steps: Callable[[str], str]) -> list[tuple[int, str]]:
+    """(index of the last `=`, steps) of the first n problems of a text."""
+    lines = islice(re.finditer(rf"^([{LETTERS}{re.escape(SIGNS)}]+)=+", text, re.M), n)
+    return [(line.end() - 1, steps(line[1])) for line in lines]
+
+
+def prepare(folder: str | Path, *, seed: int, n_train: int, n_val: int, thoughts: int = 0,
+            **make: Any) -> None:
     """The corpus as a prepared folder, a document a split (MAX_DOCUMENT allowing).
 
-    n_train, n_val: characters, at least.  make: the arguments of `blocks`.
+    n_train, n_val: characters, at least.  thoughts: given ones, of the first document.  make: the
+    arguments of `blocks`.
     """
     characters = vocabulary(make["operations"], make["ordinary"])
     splits = {split: (encode(text, characters) for text in texts(seed, split, n, **make))
               for split, n in (("train", n_train), ("val", n_val))}
-    write_dataset(folder, tokenizer_json(characters), len(characters), None, splits,
-                  {"corpus": "fold", "seed": seed, **make})
+    given, source = [], {"corpus": "fold", "seed": seed, **make}
+    if thoughts:
+        steps = solver(seed, make["operands"], make["operations"], make.get("family", "fold"))
+        first, source["thoughts"] = next(texts(seed, "train", n_train, **make)), thoughts
+        given = [(i, encode(x, characters)) for i, x in given_thoughts(first, thoughts, steps)]
+    write_dataset(folder, tokenizer_json(characters), len(characters), None, splits, source, given)
 
 
 # ---- its answers
@@ -457,6 +469,7 @@ class Corpus:
     restated: float
     shortest: int | None = None
     family: str = "fold"
+    thoughts: int = 0
     choices = CHOICES
 
     @classmethod
@@ -464,7 +477,7 @@ class Corpus:
         """Of train.py's settings; None where they name prepared data."""
         return cls(cfg.seed, cfg.fold_operands, cfg.fold_operations, cfg.fold_ordinary_frac,
                    cfg.fold_worked_frac, cfg.fold_restated_frac, cfg.fold_shortest,
-                   cfg.fold_family) if cfg.data == "fold" else None
+                   cfg.fold_family, cfg.fold_thoughts) if cfg.data == "fold" else None
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_str(tokenizer_json(vocabulary(self.operations, self.ordinary)))
@@ -475,7 +488,7 @@ class Corpus:
     def source(self) -> dict[str, Any]:
         """What a prepared folder says of its text; what came later, only where it is used."""
         return {name: value for name, value in asdict(self).items()
-                if (name, value) not in (("shortest", None), ("family", "fold"))}
+                if (name, value) not in (("shortest", None), ("family", "fold"), ("thoughts", 0))}
 
     def add_answers(self, report: Report, scores: TextScores, model: QuietStar, final: bool
                     ) -> None:

@@ -2,6 +2,7 @@
 
     python data/prepare.py                                        # 200M tokens of FineWeb-Edu
     python data/prepare.py --input FOLDER --tokenizer train:4096  # your own text, no network
+    python data/prepare.py --input FOLDER --thoughts FILE.jsonl   # with thoughts to begin from
 
 Documents flow file by file: read, filtered, split by the hash of their text, tokenized in batches
 on all cores.  Interrupted, the same command continues after the last batch.  Downloads stay in the
@@ -40,6 +41,7 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, tr
 from tqdm import tqdm
 
 from data.sources import Item, Source, hub_files, local_files
+from data.thoughts import digest_of, placed, read_thoughts
 from data.writer import (
     JOURNAL,
     NAMES,
@@ -181,12 +183,13 @@ def tokenize(cfg: PrepareConfig, source: Source, tokenizer: Tokenizer, writer: D
 # ---- the folder
 
 
-OTHER = {"tokenizer_sha256": "another tokenizer.json", **dict.fromkeys(
-    ("files", "bytes", "names_sizes_times"), "other files: names, sizes or times have changed")}
+OTHER = {"tokenizer_sha256": "another tokenizer.json", "thoughts_sha256": "other --thoughts",
+         **dict.fromkeys(("files", "bytes", "names_sizes_times"),
+                         "other files: names, sizes or times have changed")}
 
 
 def require_same(before: Any, now: dict[str, Any], folder: Path) -> None:
-    before = before if isinstance(before, dict) else {}
+    before = {"thoughts_sha256": None} | (before if isinstance(before, dict) else {})
     for key, value in now.items():
         if before.get(key, ...) != value:
             how = "by an earlier version"
@@ -245,9 +248,14 @@ def claimed(partial: Path) -> Iterator[None]:
             partial.rmdir()
 
 
-def make(cfg: PrepareConfig, out: Path, arguments: dict[str, Any], files: list[str]) -> None:
-    """Makes `out`, from its beginning or from where an interrupted run stopped."""
+def make(cfg: PrepareConfig, out: Path, arguments: dict[str, Any], files: list[str],
+         given: dict[str, Any]) -> None:
+    """Makes `out`, from its beginning or from where an interrupted run stopped.
+
+    given: what says which thoughts; they come last, so other ones may be given to what is begun.
+    """
     journal, n_bytes = partial_folder(out) / JOURNAL, arguments.get("bytes", float("inf"))
+    rows, faults = read_thoughts(cfg.thoughts, cfg) if cfg.thoughts else ({}, {})
     if journal.exists():
         state = read_journal(journal.parent)
         require_same(state["arguments"], arguments, journal.parent)
@@ -278,14 +286,19 @@ def make(cfg: PrepareConfig, out: Path, arguments: dict[str, Any], files: list[s
             journal.unlink()  # not to be continued
             raise InputError(f"a split is empty, of {n_documents} documents in all: give more "
                              "text, or take more of it (--max_tokens, --min_score)")
-        writer.finish(arguments | {"revision": source.revision, "left_out": state["left_out"]},
-                      cfg.val_fraction)
+        thoughts, n_val = placed(writer, tokenizer, rows, faults, cfg.strict) if rows else ([], 0)
+        left_out = state["left_out"] | faults
+        writer.finish(arguments | given | {"revision": source.revision, "left_out": left_out},
+                      cfg.val_fraction, thoughts)
     print(f"{out}: {train['tokens']:,} tokens to train on, {val['tokens']:,} held out, "
           f"{n_documents:,} documents, {speed:,.0f} tokens/s")
-    if state["left_out"]:
+    if thoughts:
+        print(f"{len(thoughts):,} thoughts to train on" + (
+            f"; {n_val:,} of held-out documents are not used" * (n_val > 0)))
+    if left_out:
         print("left out, or bytes replaced: " + "; ".join(
             f"{n:,} times {kind} (first: {sentence})" for kind, (n, sentence)
-            in state["left_out"].items()) + "; --strict refuses instead")
+            in left_out.items()) + "; --strict refuses instead")
 
 
 def run(cfg: PrepareConfig) -> None:
@@ -300,7 +313,8 @@ def run(cfg: PrepareConfig) -> None:
     if (file := Path(cfg.tokenizer, "tokenizer.json")).is_file():
         arguments["tokenizer_sha256"] = hashlib.sha256(read_small(file)).hexdigest()
     if root:
-        files = local_files(root, Path(os.path.realpath(out)))
+        files = [file for file in local_files(root, Path(os.path.realpath(out)))
+                 if not cfg.thoughts or file != os.path.realpath(cfg.thoughts)]
         stats = [Path(file).stat() for file in files]
         states = repr([(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)])
         arguments |= {"input": str(root), "files": len(files),
@@ -310,8 +324,9 @@ def run(cfg: PrepareConfig) -> None:
         default = "sample-10BT" if cfg.dataset_name == PrepareConfig.dataset_name else "default"
         arguments |= {"dataset_name": cfg.dataset_name,
                       "dataset_subset": cfg.dataset_subset or default}
-    if not is_prepared(out, arguments):
+    given = {"thoughts_sha256": digest_of(cfg.thoughts) if cfg.thoughts else None}
+    if not is_prepared(out, arguments | given):
         with claimed(partial_folder(out)):
-            if not is_prepared(out, arguments):  # another process may just have done it
-                make(cfg, out, arguments, files)
+            if not is_prepared(out, arguments | given):  # another process may just have done it
+                make(cfg, out, arguments, files, given)
     print(f"next: python train.py {fitting_preset(cfg.tokenizer)} --data {shlex.quote(str(out))}")

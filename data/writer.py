@@ -4,15 +4,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from nanoqstar import InputError
-from nanoqstar.dataset import FORMAT, SPLITS, partial_folder
+from nanoqstar.dataset import FORMAT, SPLITS, THOUGHTS, Thoughts, partial_folder
 from nanoqstar.files import LOCK, lock, plain, read_json, read_small, sync, write_json
 
 Ids = Sequence[int] | np.ndarray
@@ -20,7 +21,7 @@ JOURNAL = "journal.json"
 TEMPORARY = (*(f"{split}.starts" for split in SPLITS), JOURNAL, f"{JOURNAL}.new", "meta.json.new",
              LOCK)  # what only the preparation needs
 NAMES = (*TEMPORARY, "meta.json", "tokenizer.json",
-         *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "docs.npy")))
+         *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "docs.npy")), THOUGHTS)
 LEAST_TOKENS = 2048  # of a split, where there is text enough: room for a window of any preset
 
 
@@ -132,6 +133,15 @@ class DatasetWriter:
         write_json(self.partial / JOURNAL, self.state | {
             "checksum": checksum(self.state, self.meta["tokenizer_sha256"])})
 
+    def documents(self, split: str) -> Iterator[tuple[int, np.ndarray]]:
+        """(where it begins, its tokens) of every document that was added."""
+        self._sync()
+        file, starts = self.files[split]
+        tokens = np.memmap(file.name, self.dtype, "r")
+        firsts = np.fromfile(starts.name, np.int64).tolist()
+        for first, end in zip(firsts, [*firsts[1:], len(tokens)]):
+            yield first, tokens[first:end]
+
     def fill_short_split(self) -> None:
         """Moves the last documents of the larger split to the smaller one, while that has less than
         LEAST_TOKENS and less than a tenth of all tokens, and the larger one more than one document.
@@ -154,8 +164,12 @@ class DatasetWriter:
         self.commit(**self.state)
         self._cut()
 
-    def finish(self, source: Mapping[str, Any], val_fraction: float | None = None) -> None:
-        """Writes meta.json and gives the folder its final name.  source: where the text is from."""
+    def finish(self, source: Mapping[str, Any], val_fraction: float | None = None,
+               thoughts: Sequence[tuple[int, Ids]] = ()) -> None:
+        """Writes meta.json and gives the folder its final name.  source: where the text is from.
+
+        thoughts: given ones, (index of the train split's token that it follows, ids) each.
+        """
         self._sync()
         self._open.close()
         for split in SPLITS:
@@ -163,6 +177,8 @@ class DatasetWriter:
             np.save(offsets, np.fromfile(self.partial / f"{split}.starts", dtype=np.int64))
             sync(offsets)
         sync(self.partial / "tokenizer.json")
+        if thoughts:
+            self.meta["thoughts_sha256"] = self._write_thoughts(thoughts)
         write_json(self.partial / "meta.json", self.meta | {
             "val_fraction": val_fraction, "source": source, **self.counts})
         os.replace(self.partial, self.folder)
@@ -170,13 +186,25 @@ class DatasetWriter:
         remove_leftovers(self.folder)  # only now: a crash before the rename can go on
 
 
+    def _write_thoughts(self, thoughts: Sequence[tuple[int, Ids]]) -> str:
+        """Their sum; the same for the same thoughts."""
+        file, ordered = self.partial / THOUGHTS, sorted(thoughts, key=lambda x: x[0])
+        raw = safetensors.numpy.save(Thoughts(
+            np.array([position for position, _ in ordered], np.int64),
+            np.cumsum([len(ids) for _, ids in ordered], dtype=np.int64),
+            np.concatenate([np.asarray(ids, np.int64) for _, ids in ordered]))._asdict())
+        file.write_bytes(raw)
+        sync(file)
+        return hashlib.sha256(raw).hexdigest()
+
+
 def write_dataset(folder: str | os.PathLike, tokenizer_json: str, vocab_size: int,
                   end_of_text_id: int | None, splits: Mapping[str, Iterable[Ids]],
-                  source: Mapping[str, Any]) -> None:
+                  source: Mapping[str, Any], thoughts: Sequence[tuple[int, Ids]] = ()) -> None:
     """Writes a whole prepared folder at once, replacing one that is there.
 
     splits: {"train": documents, "val": documents}, a document being a list or array of token ids.
-    end_of_text_id: None where the text has no such token.
+    end_of_text_id: None where the text has no such token.  thoughts: as of `DatasetWriter.finish`.
     """
     with (lock(partial_folder(folder)),
           DatasetWriter(folder, tokenizer_json, vocab_size, end_of_text_id) as writer):
@@ -185,4 +213,4 @@ def write_dataset(folder: str | os.PathLike, tokenizer_json: str, vocab_size: in
                 writer.add(split, ids)
         if (Path(folder) / "meta.json").exists():
             shutil.rmtree(folder)
-        writer.finish(source)
+        writer.finish(source, thoughts=thoughts)

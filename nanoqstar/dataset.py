@@ -2,7 +2,8 @@
 
 A folder holds, for each split, the token ids (`train.bin`, raw uint16 or uint32) and the start of
 every document (`train.docs.npy`, int64); besides them `tokenizer.json` and `meta.json`, which says
-what the rest must look like.
+what the rest must look like.  Where thoughts were given to the text, they are in
+`train.thoughts.safetensors`.
 """
 
 import hashlib
@@ -11,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors.numpy
 import torch
 
 from nanoqstar import InputError
@@ -21,8 +23,10 @@ from nanoqstar.files import read_json, read_small
 
 FORMAT = 1
 SPLITS = ("train", "val")
+THOUGHTS = "train.thoughts.safetensors"
 BLOCKS, BLOCK = 1024, 4096  # that tell data from others, and their bytes
-KINDS, PHASES = ("windows", "thoughts"), ("pretrain", "think", "text", "eval", "sample")
+KINDS, PHASES = ("windows", "thoughts"), (
+    "pretrain", "think", "text", "eval", "sample", "warm")
 
 
 def stream(kind: str, phase: str, step: int, index: int, seed: int) -> np.random.Generator:
@@ -52,12 +56,32 @@ def garbled(meta: dict[str, Any], split: str) -> bool:
                 and isinstance(ids, list) and are_counts(*ids))
 
 
+class Thoughts(NamedTuple):
+    """Those that the text was given: n of them, in order of position."""
+
+    positions: np.ndarray  # (n,) int64: of the token of the split that each follows
+    ends: np.ndarray  # (n,) int64: where each ends in ids; it begins where the one before ends
+    ids: np.ndarray  # int64: their tokens, one after the other
+
+    def of(self, n: int) -> np.ndarray:
+        return self.ids[self.ends[n - 1] if n else 0:self.ends[n]]
+
+    def sound(self, n_tokens: int, vocab_size: int) -> bool:
+        """Whether they can be of a split of so many tokens."""
+        lengths = np.diff(self.ends, prepend=0)
+        return (all(x.dtype == np.int64 and x.ndim == 1 for x in self)
+                and 0 < len(self.positions) == len(self.ends) and bool((lengths > 0).all())
+                and bool((np.diff(self.positions) >= 0).all()) and self.positions[0] >= 0
+                and self.positions[-1] < n_tokens and self.ends[-1] == len(self.ids)
+                and bool((self.ids >= 0).all()) and bool((self.ids < vocab_size).all()))
+
+
 class TokenDataset:
     """One split ('train' or 'val') of a prepared folder, memory-mapped.
 
     All its files are checked when it is opened: InputError for what is missing or does not fit.
-    Attributes: `meta` (the dict of meta.json), `n_tokens`, `tokenizer_path`, and `beginning_ids`,
-    which stand before each document (None: the folder was made before there were any).
+    Attributes: `meta` (the dict of meta.json), `n_tokens`, `tokenizer_path`, `beginning_ids`, which
+    stand before each document (None: the folder was made before there were any), and `thoughts`.
     """
 
     def __init__(self, folder: str | os.PathLike, split: str) -> None:
@@ -103,6 +127,22 @@ class TokenDataset:
         self._require(starts.dtype == np.int64 and starts.shape == (n,) and n and starts[0] == 0
                       and (np.diff(starts) > 0).all() and starts[-1] < self.n_tokens,
                       f"{offsets} does not hold {n:,} ascending document starts")
+        self.thoughts: Thoughts | None = None
+        if split == "train" and "thoughts_sha256" in meta:
+            self.thoughts = self._read_thoughts(folder / THOUGHTS)
+
+    def _read_thoughts(self, file: Path) -> Thoughts:
+        self._require(file.is_file(), f"{file.parent} has no {file.name}")
+        raw = file.read_bytes()
+        self._require(hashlib.sha256(raw).hexdigest() == self.meta["thoughts_sha256"],
+                      f"{file} does not hold the thoughts that were given to this text")
+        try:
+            found = Thoughts(**safetensors.numpy.load(raw))
+            sound = found.sound(self.n_tokens, self.meta["vocab_size"])
+        except Exception:  # whatever the sum was made of
+            sound = False
+        self._require(sound, f"{file} holds no thoughts of this text")
+        return found
 
     def _require(self, condition: Any, problem: str) -> None:
         if not condition:
@@ -148,6 +188,35 @@ class TokenDataset:
         last = self.last_start(length)
         draws = (stream("windows", phase, step, i, seed) for i in indices)
         return self.windows([int(rng.integers(last + 1)) for rng in draws], length)
+
+    def thought_batch(self, seed: int, step: int, indices: Iterable[int], n_positions: int,
+                      n_talk: int, n_sampled: int
+                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Windows of T + A tokens: of two neighbours one around a given thought drawn at random,
+        with all given thoughts that stand in it, and one anywhere, without; functions of the same
+        as those of `batch`.
+
+        Returns text and document indices (B, T+A), and thoughts (B, 1, T, S): their first S tokens,
+        -1 after their end and where there are none.
+        """
+        known, last, starts, thoughts = self.thoughts, self.last_start(n_positions + n_talk), [], []
+        assert known is not None
+        for index in indices:
+            rng = stream("windows", "warm", step, index, seed)
+            start, inside = int(rng.integers(last + 1)), np.zeros(2, int)
+            if (step + index) % 2 == 0:
+                drawn = known.positions[rng.integers(len(known.positions))]
+                start = min(max(int(drawn - rng.integers(n_positions)), 0), last)
+                inside = np.searchsorted(known.positions, (start, start + n_positions))
+            starts.append(start)
+            given = np.full((1, n_positions, n_sampled), -1)
+            for n in rng.permutation(np.arange(*inside)):  # of several in a place, any
+                ids = known.of(n)[:n_sampled]
+                place = given[0, known.positions[n] - start]
+                place[:], place[:len(ids)] = -1, ids
+            thoughts.append(given)
+        text, docs = self.windows(starts, n_positions + n_talk)
+        return text, docs, torch.from_numpy(np.stack(thoughts))
 
     def evenly(self, n: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same `n` evenly spaced windows every time (fewer where fewer different ones exist).

@@ -15,8 +15,10 @@ many; tables and map.svg. NAME is one of
   controls    is it the thoughts, and is it REINFORCE? the demo against what would explain it away,
               and what its thoughts do when they are changed
   recipe      what each choice of the official recipe is worth on this task, one factor at a time
-  questions   from a neutral start embedding; with ever rarer useful text
+  questions   from a neutral start embedding, without any help
   families    other text: where steps pay (pointers to follow, sums) and where not (a table)
+  rarity      ever rarer useful text, from a base that has seen enough of it, both delimiters
+  given       no useful text, but thoughts given to a few lines: how many suffice
   small       the demo scaled up for one GPU: six operands, a larger model (overrides can shrink it)
   text        real text (--data FOLDER from data/prepare.py), against continued training without
               thoughts
@@ -73,17 +75,12 @@ RECIPE = {
     "all official values (*) at once": OFFICIAL,
     "the same, official learning rate 1e-6": OFFICIAL + " --learning_rate 1e-6",
 }
-LONGER = " --pretrain_steps 1800 --fold_tokens 4500000"
 QUESTIONS = {
     "newline start, 4 passes, twice as long":
         NEWLINE + " --n_passes 4 --batch_size 8 --max_steps 240",
     "newline start, thoughts 2 tokens longer": NEWLINE + " --n_ahead 8 --max_steps 180",
     "newline start, three operands": NEWLINE + " --fold_operands 3 --n_ahead 5",
     "three operands, usual start": "--fold_operands 3 --n_ahead 5",
-    "3% worked lines": "--fold_worked_frac 0.03",
-    "3% worked lines, pre-trained three times as long": "--fold_worked_frac 0.03" + LONGER,
-    "1% worked lines": "--fold_worked_frac 0.01",
-    "1% worked lines, pre-trained three times as long": "--fold_worked_frac 0.01" + LONGER,
 }
 FAMILY = ("--fold_worked_frac 0.3 --fold_restated_frac 0.1 --fold_tokens 3000000 --max_length 94 "
           "--batch_size 8 --max_steps 80 --fold_family ")
@@ -91,6 +88,24 @@ KINDS = {"chase": "chase --pretrain_steps 2000", "sum, one layer": "sum --pretra
          "--n_layers 1", "sum": "sum --pretrain_steps 1000", "table": "table --pretrain_steps 600"}
 FAMILIES = {f"{kind}: {name}": FAMILY + text + more for kind, text in KINDS.items()
             for name, more in ((MAIN, ""), ("policy weight 0", " --policy_weight 0"))}
+REREAD = ("--delimiters reread --n_ahead 8 --n_ahead_talk 1 --max_steps 240 "
+          "--policy_weight ")  # and 30, as in tiny_reread
+RARITY = {
+    f"{share} worked lines{name}": f"{base} {own}".strip() for share, base in (
+        ("10%", ""), ("3%", "--fold_worked_frac 0.03 --pretrain_steps 1800"),
+        ("1%", "--fold_worked_frac 0.01 --pretrain_steps 6000 --fold_tokens 4500000"))
+    for name, own in (
+        ("", ""), (", policy weight 0", "--policy_weight 0"), (", re-reading", REREAD + "30"),
+        (", re-reading, policy weight 0", REREAD + "0"))}
+UNSEEN = "--fold_worked_frac 0"
+GIVEN = {
+    "no worked lines, usual start": UNSEEN,
+    "no worked lines, newline start": f"{UNSEEN} {NEWLINE}",
+    **{f"{n} thoughts given, newline start{name}":
+       f"{UNSEEN} {NEWLINE} --fold_thoughts {n} --warm_steps 300{own}"
+       for n in (30, 100, 300, 1000) for name, own in (
+           ("", ""), (", policy weight 0", " --policy_weight 0"),
+           (", warm start alone", " --max_steps 1"))}}
 TEXT = {
     MAIN: "",
     "policy weight 0: NLL terms only": "--policy_weight 0",
@@ -101,15 +116,16 @@ TEXT = {
 }
 TABLES = {  # rows, preset
     "controls": (CONTROLS, "tiny"), "recipe": (RECIPE, "tiny"), "questions": (QUESTIONS, "tiny"),
-    "families": (FAMILIES, "tiny"),
+    "families": (FAMILIES, "tiny"), "rarity": (RARITY, "tiny"), "given": (GIVEN, "tiny"),
     "small": (TEXT, "small"), "text": (TEXT, "text")}
-OWN_TEXT = ("fold_", "pretrain_")  # a row that changes these pre-trains its own base
-GIVEN = ("data", "out_dir", "seed")  # by the table to every run
+OWN_BASE = ("--fold_", "--pretrain_")  # rows that share these share a base: of the row with no more
+BY_TABLE = ("data", "out_dir", "seed")  # by the table to every run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableConfig:
-    name: Literal["controls", "recipe", "questions", "families", "small", "text"] = cli.setting(
+    name: Literal["controls", "recipe", "questions", "families", "rarity", "given", "small",
+                  "text"] = cli.setting(
         dataclasses.MISSING, "the table")
     seeds: int = cli.setting(2, "runs of each row", at_least=1, at_most=max(T95))
     jobs: int = cli.setting(2, "runs at a time", at_least=1)
@@ -175,7 +191,7 @@ def checked(overrides: list[str], preset: str) -> list[str]:
         raise InputError("train.py is not here: run this from the root of a clone") from None
     cli.settings(TrainConfig, overrides, "Overrides:", base=PRESETS[preset].config)
     for name in cli.parse(TrainConfig, overrides):
-        if name in GIVEN:
+        if name in BY_TABLE:
             raise InputError(f"--{name} is set by the table: leave it out after --")
     return overrides
 
@@ -390,18 +406,20 @@ def run(table: TableConfig, overrides: list[str]) -> None:
     def run_one(job: tuple[str, int]) -> dict[str, Any] | None:
         row, seed = job
         own, late, start = settings[row], {}, {}
-        base = out / slug("") / f"seed-{seed}" / "base"
         if own:
             late = {"eval_every": 1_000_000}
-            if base.is_dir() and not any(key.startswith(OWN_TEXT) for key in own):
+            base = out / slug(of_base(rows[row])) / f"seed-{seed}" / "base"
+            if base.is_dir() and rows[row] != of_base(rows[row]):
                 start = {"model_path": str(base)}
+                own = {k: v for k, v in own.items() if not k.startswith("pretrain_")}  # has been
         options = options_of({"seed": seed, **start, **own}, common | late, preset)
         return train(out / slug(rows[row]) / f"seed-{seed}", name, options)
 
     results: dict[str, list[dict[str, Any]]] = {}
     with lock(out), ThreadPoolExecutor(table.jobs) as pool:
         # first those that make the bases
-        for group in ([r for r in rows if not rows[r]], [r for r in rows if rows[r]]):
+        for group in ([r for r in rows if rows[r] == of_base(rows[r])],
+                      [r for r in rows if rows[r] != of_base(rows[r])]):
             jobs = [(row, seed) for seed in range(table.seeds) for row in group]
             for (row, _), result in zip(jobs, pool.map(run_one, jobs), strict=True):
                 if result is not None:
@@ -414,6 +432,13 @@ def run(table: TableConfig, overrides: list[str]) -> None:
         print(measured([out / slug("") / f"seed-{seed}" for seed in range(table.seeds)]))
     if missing := len(rows) * table.seeds - len(complete):
         raise InputError(f"{missing} runs failed; the same command tries them again")
+
+
+def of_base(settings: str) -> str:
+    """Those of a row's settings that its base is pre-trained with."""
+    words = settings.split()
+    return " ".join(f"{name} {value}" for name, value in zip(words[::2], words[1::2])
+                    if name.startswith(OWN_BASE) and name != "--fold_thoughts")
 
 
 def slug(settings: str) -> str:

@@ -57,6 +57,16 @@ class Valid:
         talk = docs.unfold(1, n_ahead_talk + 1, 1)[..., 1:] == docs[:, :-n_ahead_talk, None]
         return cls(talk[..., 0], talk, talk.all(-1))
 
+    def without_given(self, given: torch.Tensor) -> "Valid":
+        """Of these, what is in windows that have no given thoughts."""
+        none = (given < 0).flatten(1).all(1)[:, None]
+        return Valid(self.base & none, self.talk & none[..., None], self.policy & none)
+
+    def after_given(self, given: torch.Tensor) -> torch.Tensor:
+        """Of talk, what follows whole given thoughts, (B, P, T, A); given: (B, P, T, S) ids, -1
+        where there are none."""
+        return self.talk[:, None] & (given[..., -1:] >= 0)
+
     def counts(self) -> torch.Tensor:
         """Counts of one pass (1 + A + 1,), to be summed over an update: base, talk's A, policy."""
         return torch.cat((self.base.sum()[None], self.talk.sum((0, 1)), self.policy.sum()[None]))

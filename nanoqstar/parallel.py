@@ -20,7 +20,8 @@ from nanoqstar import InputError
 from nanoqstar.cli import WRONG_INPUT, Interrupted
 
 TIMEOUT = timedelta(minutes=10)  # a rank that is not heard of for so long ends the run
-FORWARDS = ("rollout", "loss", "text_loss")  # of a QuietStar: parameters are whole within them
+# of a QuietStar: parameters are whole within them
+FORWARDS = ("rollout", "loss", "given_loss", "text_loss")
 LOST = "another process of this run has ended, or was not heard of for too long"
 
 

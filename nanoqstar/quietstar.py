@@ -6,6 +6,7 @@ that prediction is worth.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 from nanoqstar.attention import dense, packed_attention, text_mask
 from nanoqstar.dataset import stream
 from nanoqstar.device import autocast
-from nanoqstar.head import compute_dtype, sample_tokens
+from nanoqstar.head import compute_dtype, sample_tokens, weighted_log_probs
 from nanoqstar.objective import Objective, States, Valid, language_model_loss, quiet_star_loss
 from nanoqstar.qwen2 import KVCache, Qwen2
 from nanoqstar.thoughts import ThoughtLayout
@@ -131,18 +132,19 @@ class QuietStar(nn.Module):
         return self.lm(text, positions, dense(text_mask(docs[:, :text.shape[1]])))
 
     @torch.no_grad()
-    def rollout(self, text: torch.Tensor, docs: torch.Tensor, uniforms: torch.Tensor
-                ) -> tuple[torch.Tensor, torch.Tensor]:
+    def rollout(self, text: torch.Tensor, docs: torch.Tensor, uniforms: torch.Tensor,
+                given: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples P thoughts at every position over one KV cache of the text.
 
-        text, docs: (B, T+A) token and document ids. uniforms: (B, P, T, S) in [0, 1).
+        text, docs: (B, T+A) token and document ids. uniforms: (B, P, T, S) in [0, 1). given: tokens
+        that are not to be sampled (B, P, T, S), -1 where they are.
         Returns thoughts (B, P, T, S) and the log-probs they were sampled with.
         """
         with autocast(text.device):  # its own: no weight cast without a gradient is used in `loss`
-            return self._rollout(text, docs, uniforms)
+            return self._rollout(text, docs, uniforms, given)
 
-    def _rollout(self, text: torch.Tensor, docs: torch.Tensor, uniforms: torch.Tensor
-                 ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rollout(self, text: torch.Tensor, docs: torch.Tensor, uniforms: torch.Tensor,
+                 given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         layout = ThoughtLayout.of(text, uniforms, self.reread)
         packing, n_windows = layout.rollout_packing, len(text)
         rope, attend = packing.rope_positions(text.device), packed_attention(packing, docs)
@@ -163,6 +165,8 @@ class QuietStar(nn.Module):
             for out, new in zip((thoughts, sampled_lp), sampled, strict=True):
                 by_position = new.view(n_windows, layout.n_positions, layout.n_passes)
                 out[..., step] = by_position.transpose(1, 2)
+            if given is not None:
+                thoughts[..., step].copy_(torch.where(given < 0, thoughts, given)[..., step])
             x = thoughts[..., step].transpose(1, 2).flatten(1)
         return thoughts, sampled_lp
 
@@ -189,7 +193,10 @@ class QuietStar(nn.Module):
 
     def score(self, text: torch.Tensor, docs: torch.Tensor, thoughts: torch.Tensor) -> States:
         """`hidden_states`, and what the mixing head makes of text and lookahead (paper 4.3)."""
-        base, thought, talk = self.hidden_states(text, docs, thoughts)
+        return self.mixed(*self.hidden_states(text, docs, thoughts))
+
+    def mixed(self, base: torch.Tensor, thought: torch.Tensor, talk: torch.Tensor) -> States:
+        """Of `hidden_states`."""
         n_talk = talk.shape[3]
         base_ahead, base_half = (  # (B, 1, T, A, D): the same targets as talk
             x.unfold(1, n_talk, 1).movedim(-1, 2)[:, None]
@@ -216,6 +223,35 @@ class QuietStar(nn.Module):
         surprise = -(sampled_lp.mean(-1) * valid.policy[:, None]).sum()
         return loss, stats | {"gain": stats["reward"] / n_talk,
                               "entropy": surprise / (n_passes * counts[-1].clamp(min=1))}
+
+    def given_loss(self, text: torch.Tensor, docs: torch.Tensor, thoughts: torch.Tensor,
+                   given: torch.Tensor, counts: torch.Tensor, objective: Objective
+                   ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The same where the text was given thoughts: in place of the policy term the mean of
+        -log p over their tokens, and over the true ones after whole thoughts, not mixed. The other
+        terms are of the windows without any: few thoughts stand in few texts, soon known by heart.
+
+        thoughts: (B, P, T, S) of `rollout`. given: those of its tokens that were not sampled, else
+        -1. counts: of `Valid.without_given` in the whole update, and the tokens of that mean.
+        """
+        valid = Valid.from_docs(docs, text.shape[1] - given.shape[2])
+        shown, follows = given >= 0, valid.after_given(given)
+        targets = text[:, 1:].unfold(1, follows.shape[-1], 1)[:, None].expand(follows.shape)
+        with autocast(text.device):
+            base, thought, talk = self.hidden_states(text, docs, thoughts)
+            nll, stats, _ = quiet_star_loss(
+                self.mixed(base, thought, talk), self.lm.head_weight, text, thoughts,
+                valid.without_given(given), counts[:-1], replace(objective, policy_weight=0.0),
+                self.banned)
+            weight = -1 / counts[-1].clamp(min=1).to(nll.dtype)
+            taught = torch.zeros_like(nll)
+            for rows, ids, kept, banned in ((thought, given, shown, self.banned),
+                                            (talk, targets, follows, None)):
+                taught = taught + weighted_log_probs(
+                    rows[kept], self.lm.head_weight, ids[kept],
+                    weight.expand(int(kept.sum())), banned=banned)[0]
+        names = ("nll_base", "nll_talk", "reward", "mix")
+        return nll + taught, {"nll_given": taught.detach(), **{k: stats[k] for k in names}}
 
     def text_loss(self, text: torch.Tensor, docs: torch.Tensor, counts: torch.Tensor, n_talk: int
                   ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -205,7 +205,9 @@ def curves_section(rows: Sequence[Row], thinks: bool) -> str:
     charts += [lines("Speed", "training tokens a second", [
                    of("training", "train", "think text", "tokens_per_second")]),
                lines("NLL of pre-training", "nats a token",
-                     [of("training", "train", "pretrain", "nll_base")])]
+                     [of("training", "train", "pretrain", "nll_base")]),
+               lines("NLL of given thoughts", "nats a token",
+                     [of("training", "train", "warm", "nll_given")])]
     body = "".join(charts)
     return section("curves", "How it trained",
                    "Lines with dots are held-out, the others of training, as far as it has come.",
@@ -237,6 +239,10 @@ def verdict(rows: Sequence[Row], thinks: bool) -> str:
             f"</b> nats a token{doubt}.")
 
 
+PHASES = (("pretrain", "of pre-training ", "pretrain_steps"),
+          ("warm", "of the warm start ", "warm_steps"))  # kind of row, in words, its setting
+
+
 def state(rows: Sequence[Row], config: dict[str, Any]) -> str:
     """How far the run is."""
     last = rows[-1] if rows else {}
@@ -245,8 +251,8 @@ def state(rows: Sequence[Row], config: dict[str, Any]) -> str:
         return f"ended at update {last['step']}" + (f" after {took:,.0f} s" if took else "")
     if not rows:
         return "has logged nothing yet"
-    phase = "of pre-training " if last.get("kind") == "pretrain" else ""
-    planned = config.get("pretrain_steps" if phase else "max_steps")
+    phase, steps = next((x[1:] for x in PHASES if x[0] == last.get("kind")), ("", "max_steps"))
+    planned = config.get(steps)
     return (f"at update {last['step']} {phase}" + f"of {planned} " * (type(planned) is int)
             + "and without an end: it goes on, or ended early")
 

@@ -236,8 +236,8 @@ class RunLog:
         if self.peak:
             values["mfu"] = work / seconds / self.peak
         self.write(phase, done, **values)
-        shown = ("nll_base", "nll_talk", "policy", "reward", "gain", "positive", "mix", "entropy",
-                 "distinct")
+        shown = ("nll_base", "nll_talk", "nll_given", "policy", "reward", "gain", "positive",
+                 "mix", "entropy", "distinct")
         parts = [f"{phase} {done:5d}/{last}",
                  *(f"{k.removeprefix('nll_')} {values[k]:.3f}" for k in shown if k in values),
                  f"gnorm {values['grad_norm']:.2f}", f"lr {values['learning_rate']:.1e}",

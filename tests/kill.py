@@ -30,7 +30,8 @@ from nanoqstar.state import States  # noqa: E402
 
 SIZES = dict(hidden_size=64, intermediate_size=192, pretrain_steps=400, pretrain_batch_size=4,
              fold_tokens=3_000_000, max_length=20, batch_size=2, grad_accum=2, eval_windows=4,
-             max_steps=250, eval_every=8, save_every=3, log_every=2, threads=1)
+             fold_thoughts=200, warm_steps=60, max_steps=200, eval_every=8, save_every=3,
+             log_every=2, threads=1)
 ROOM = 16 << 20  # bytes of the tmpfs
 CLOCK = ("seconds", "tokens_per_second", "tflops")
 
@@ -67,11 +68,11 @@ def moment(out: Path, log: str) -> str:
     for name in ("data.partial", "base.partial", "checkpoint.partial"):
         if (out / name).exists():
             return "preparing" if name == "data.partial" else "saving the model"
-    said = [word for word in ("s in all", "think ", "eval at", "pretrain ", "goes on from",
-                              "parameters,") if word in log]
+    said = [word for word in ("s in all", "think ", "eval at", "warm ", "pretrain ",
+                              "goes on from", "parameters,") if word in log]
     return {"s in all": "ending", "think ": "thinking", "eval at": "thinking",
-            "pretrain ": "pre-training", "goes on from": "going on", "parameters,": "beginning",
-            "": "starting"}[said[0] if said else ""]
+            "warm ": "warming", "pretrain ": "pre-training", "goes on from": "going on",
+            "parameters,": "beginning", "": "starting"}[said[0] if said else ""]
 
 
 class Disk:

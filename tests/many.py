@@ -44,10 +44,10 @@ CFG = dataclasses.replace(
 RUN = dict(device="cpu", threads=1, hidden_size=32, intermediate_size=64, n_heads=2, n_kv_heads=1,
            pretrain_steps=4, pretrain_batch_size=4, fold_tokens=5000, max_length=16, batch_size=2,
            grad_accum=2, eval_windows=5, max_steps=20, eval_every=7, save_every=5, log_every=1,
-           warmup_steps=5, schedule="constant")
+           warmup_steps=5, schedule="constant", fold_thoughts=30, warm_steps=3)
 CLOCK = ("seconds", "tokens_per_second", "tflops", "distinct")  # or of one rank's thoughts
 # what a curve is: a thought that rounding turns into another shows in the rest
-CURVE = ("nll_base", "nll_talk", "nll_mixed")
+CURVE = ("nll_base", "nll_given", "nll_talk", "nll_mixed")
 
 
 class Texts:

@@ -91,6 +91,28 @@ def test_every_row_is_a_command_that_train_py_takes(runs, table):
                                   else PRESETS[preset].config.eval_every)
 
 
+def test_rows_share_the_base_of_their_own_text(runs):
+    """Which the row makes that has no other settings, wherever in the table it stands."""
+    assert call("rarity", "--seeds", "2") == 0
+    made = [c for c in runs if option(c, "model_path") is None]
+    assert [option(c, "fold_worked_frac") for c in made] == [None, "0.03", "0.01"] * 2
+    assert [option(c, "pretrain_steps") for c in made] == [None, "1800", "6000"] * 2
+    for command in (c for c in runs if c not in made):
+        share, seed = (option(command, name) for name in ("fold_worked_frac", "seed"))
+        maker = next(c for c in made if option(c, "seed") == seed
+                     and option(c, "fold_worked_frac") == share)
+        assert option(command, "model_path") == option(maker, "out_dir") + "/base"
+        assert option(command, "pretrain_steps") is None
+
+
+def test_given_thoughts_need_no_other_base(runs):
+    assert call("given", "--seeds", "1") == 0
+    made = [c for c in runs if option(c, "model_path") is None]
+    assert [option(c, "out_dir") for c in made] == [
+        "out/experiments/tiny/fold_worked_frac-0/seed-0"]
+    assert {option(c, "fold_thoughts") for c in runs} == {None, "30", "100", "300", "1000"}
+
+
 def test_overrides_go_to_the_rows_they_apply_to(runs):
     """A new model's sizes to those that make one, a thought's settings to those that think."""
     assert call("controls", "--seeds", "1", "--", "--hidden_size", "48", "--n_passes", "4",
@@ -162,7 +184,7 @@ def test_two_tables_at_once_in_one_folder_are_refused(runs, tmp_path, capsys):
 def test_rows_with_a_text_of_their_own_pretrain_their_own_base(runs):
     call("questions", "--seeds", "1")
     own = [c for c in runs if option(c, "fold_operands") or option(c, "fold_worked_frac")]
-    assert len(own) == 6 and all(option(c, "model_path") is None for c in own)
+    assert len(own) == 2 and all(option(c, "model_path") is None for c in own)
 
 
 def test_failed_runs_are_said(runs, monkeypatch, capsys):

@@ -105,7 +105,7 @@ def test_a_prepared_folder_holds_the_text(tmp_path):
         assert fold.decode(ids[0].tolist(), 2) == text
         assert len(text) >= n
         assert not docs.any()
-    assert data.meta["source"] == {"corpus": "fold", "seed": 3, **make}
+    assert data.meta["source"] == {"corpus": "fold", "seed": 3, "thoughts": 0, **make}
     tokenizer = Tokenizer.from_file(str(data.tokenizer_path))
     assert tokenizer.decode(ids[0].tolist()) == text
 

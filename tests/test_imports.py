@@ -16,9 +16,9 @@ GUARDED = {"pyarrow", "wandb", "lm_eval"}  # optional extras, inside functions o
 ORDER = [  # a module imports from those before it
     "cli", "files", "cpu", "parallel", "device", "qwen2", "lora", "thoughts", "attention", "head",
     "objective", "dataset", "quietstar", "sampling", "evaluate", "flops", "hub", "tokenizer",
-    "weights", "hf", "continuation", "tasks", "answers", "state", "plan", "runlog", "run", "charts",
-    "heatmap", "report", "plot", "worth", "export", "transformers", "lm_eval", "delimiters",
-    "interventions", "bench", "paper", "experiments", "depth"]
+    "weights", "hf", "continuation", "tasks", "answers", "state", "plan", "runlog", "run", "stages",
+    "charts", "heatmap", "report", "plot", "worth", "export", "transformers", "lm_eval",
+    "delimiters", "interventions", "bench", "paper", "experiments", "depth"]
 LIGHT = {"nanoqstar", "nanoqstar.cli", "nanoqstar.files"}  # the standard library and each other
 SCRIPTS = ("train.py", "sample.py", "data/prepare.py", "nanoqstar.evaluate", "nanoqstar.report",
            "nanoqstar.bench", "nanoqstar.experiments", "nanoqstar.export")

@@ -332,7 +332,7 @@ def test_every_stream_is_another():
     tags = itertools.product(KINDS, PHASES, (0, 1, 2**32 - 1), (0, 1, 5),
                              (0, 1, 2**32, 2**32 + 1, 2**63 - 1))
     firsts = [stream(*tag).integers(2**63) for tag in tags]
-    assert len(set(firsts)) == len(firsts) == 2 * 5 * 3 * 3 * 5
+    assert len(set(firsts)) == len(firsts) == 2 * 6 * 3 * 3 * 5
     again = [stream("windows", "think", 3, 4, 5).random() for _ in range(2)]
     assert again[0] == again[1]
 
