@@ -105,7 +105,7 @@ def test_a_prepared_folder_holds_the_text(tmp_path):
         assert fold.decode(ids[0].tolist(), 2) == text
         assert len(text) >= n
         assert not docs.any()
-    assert data.meta["source"] == {"corpus": "fold", "seed": 3, "thoughts": 0, **make}
+    assert data.meta["source"] == {"corpus": "fold", "seed": 3, **make}
     tokenizer = Tokenizer.from_file(str(data.tokenizer_path))
     assert tokenizer.decode(ids[0].tolist()) == text
 
@@ -526,3 +526,9 @@ def test_every_family_is_measured_and_decoded(family, scripted):
     prompt, answer = fold.example(4, 1, 0, family)
     problem = re.search(r"'([a-g]+)='", prompt)[1]
     assert fold.held_out(problem) and answer == steps(problem)[-1]
+
+
+def test_given_thoughts_of_filled_lines():
+    """They come after the last `=`, and are the steps of the problem, whatever its family."""
+    text = "ab==aa\nabc=(abc)f\ncab=b\n"
+    assert fold.given_thoughts(text, 2, lambda problem: problem[::-1]) == [(3, "ba"), (10, "cba")]
