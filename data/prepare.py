@@ -329,4 +329,5 @@ def run(cfg: PrepareConfig) -> None:
         with claimed(partial_folder(out)):
             if not is_prepared(out, arguments | given):  # another process may just have done it
                 make(cfg, out, arguments, files, given)
-    print(f"next: python train.py {fitting_preset(cfg.tokenizer)} --data {shlex.quote(str(out))}")
+    print(f"next: python train.py {fitting_preset(cfg.tokenizer)} --data {shlex.quote(str(out))}"
+          + " --warm_steps 300" * bool(cfg.thoughts))

@@ -120,7 +120,8 @@ def placed(writer: DatasetWriter, tokenizer: Tokenizer, rows: Rows, faults: Faul
     for text in keys.values():
         for row in rows[text]:
             note(faults, Fault("no such document", f"{row.where} names a document that the "
-                               "prepared text does not have"), strict)
+                               "prepared text does not have (a line of a .txt is none: give the "
+                               "text as .jsonl)"), strict)
     if not found["train"]:
         first = next(iter(faults.values()), (0, "they stand in held-out documents"))[1]
         raise InputError(f"--thoughts: none has a place in the training text: {first}")
