@@ -10,6 +10,8 @@ from nanoqstar.cli import When, check, nearest, setting
 NEW_MODEL = When("a new model (model_path none)", lambda c: c.model_path is None)
 FOLD = When("the embedded corpus (data fold)", lambda c: c.data == "fold")
 THOUGHTS = When("thoughts (n_ahead above 0)", lambda c: c.n_ahead > 0)
+WARM_FOLD = When("a warm start (warm_steps above 0) on the embedded corpus (data fold)",
+                 lambda c: c.data == "fold" and c.n_ahead > 0 and c.warm_steps > 0)
 LEARNED = When("thoughts with learned delimiters",
                lambda c: c.n_ahead > 0 and c.delimiters == "learned")
 RESUMED = When("resume", lambda c: c.resume is not None)
@@ -175,7 +177,7 @@ class TrainConfig:
 
     fold_thoughts: int = setting(0, "problems, the first of the training text, whose steps are "
                                  "given as a thought after `=`", at_least=0, at_most=10**6,
-                                 when=FOLD)
+                                 when=WARM_FOLD)
 
     # ---- logging
     log_every: int = setting(
@@ -215,8 +217,12 @@ class TrainConfig:
         if (self.fold_shortest or 0) > self.fold_operands:
             raise InputError(f"fold_shortest={self.fold_shortest}: at most fold_operands="
                              f"{self.fold_operands}")
-        if self.fold_family != "fold" and self.fold_operations > 1:
-            raise InputError(f"fold_family={self.fold_family}: only folds have several operations")
+        if self.fold_family != "fold" and (self.fold_operations > 1 or self.fold_shortest):
+            raise InputError(f"fold_family={self.fold_family}: only folds have several operations, "
+                             "or a shortest problem (fold_operations 1, fold_shortest none)")
+        if self.n_ahead and self.warm_steps and self.trainable == "mixing_head":
+            raise InputError("trainable=mixing_head: a mixing head alone cannot learn the thoughts "
+                             "of a warm start (warm_steps)")
         if self.fold_worked_frac + self.fold_restated_frac > 1:
             raise InputError("fold_worked_frac + fold_restated_frac is more than 1")
         if self.n_ahead == 0 and self.trainable != "all":

@@ -151,10 +151,13 @@ def run(cfg: Any, overrides: list[str]) -> None:
         depths: dict[int, Cells] = {}
         for n_layers in LAYERS:
             own = {name: runs for (n, name), runs in found.items() if n == n_layers}
-            cells = {(n, name): mean(r[str(n)]["direct"]["accuracy_mixed"] for r in runs)
-                     for name, runs in own.items() for n in OPERANDS}
+            direct = {(n, name): [r[str(n)]["direct"] for r in runs if "direct" in r[str(n)]]
+                      for name, runs in own.items() for n in OPERANDS}  # few windows lack some
+            cells = {cell: mean(d["accuracy_mixed"] for d in ds)
+                     for cell, ds in direct.items() if ds}
             if own:
-                counts = {n: next(iter(own.values()))[0][str(n)]["direct"]["n"] for n in OPERANDS}
+                counts = {n: max((ds[0]["n"] for (m, _), ds in direct.items() if m == n and ds),
+                                 default=0) for n in OPERANDS}
                 print(f"\nlayers: {n_layers}\n\n{table(cells, counts)}")
                 depths[n_layers] = cells
         if depths:

@@ -29,6 +29,7 @@ own settings win.
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from nanoqstar import InputError, cli, paper
@@ -120,6 +121,8 @@ TABLES = {  # rows, preset
     "small": (TEXT, "small"), "text": (TEXT, "text")}
 OWN_BASE = ("--fold_", "--pretrain_")  # rows that share these share a base: of the row with no more
 BY_TABLE = ("data", "out_dir", "seed")  # by the table to every run
+BY_MAP = (*BY_TABLE, "model_path", "n_layers", "n_ahead", "fold_family", "fold_shortest",
+          "fold_operands")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,18 +183,19 @@ def read(args: list[str]) -> tuple[TableConfig, list[str]]:
 def read_depth(args: list[str]) -> tuple[DepthConfig, list[str]]:
     """Command line -> (the map, overrides that suit its preset)."""
     cut = args.index("--") if "--" in args else len(args)
-    return cli.settings(DepthConfig, args[:cut], str(__doc__)), checked(args[cut + 1:], "tiny")
+    return (cli.settings(DepthConfig, args[:cut], str(__doc__)),
+            checked(args[cut + 1:], "tiny", BY_MAP))
 
 
-def checked(overrides: list[str], preset: str) -> list[str]:
-    """Overrides that suit a preset, or InputError."""
+def checked(overrides: list[str], preset: str, taken: Sequence[str] = BY_TABLE) -> list[str]:
+    """Overrides that suit a preset, and none of `taken`; or InputError."""
     try:
         from configs import PRESETS, TrainConfig
     except ModuleNotFoundError:  # installed without its scripts
         raise InputError("train.py is not here: run this from the root of a clone") from None
     cli.settings(TrainConfig, overrides, "Overrides:", base=PRESETS[preset].config)
     for name in cli.parse(TrainConfig, overrides):
-        if name in BY_TABLE:
+        if name in taken:
             raise InputError(f"--{name} is set by the table: leave it out after --")
     return overrides
 
@@ -216,7 +220,6 @@ import shutil
 import statistics
 import subprocess
 import zlib
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path

@@ -25,8 +25,9 @@ def stages(this: Run) -> Iterator[tuple[Any, str, int]]:
     at = this.state[1]["progress"].phase if this.state else "pretrain"
     warms = cfg.n_ahead and cfg.warm_steps and at in ("pretrain", "warm")
     if warms and this.splits["train"].thoughts is None:
+        how = "set fold_thoughts" if cfg.data == "fold" else "prepare them with --thoughts FILE"
         raise InputError(f"warm_steps {cfg.warm_steps}: the data were given no thoughts to start "
-                         "from; prepare them with --thoughts FILE, or leave warm_steps out")
+                         f"from; {how}, or leave warm_steps out")
     if this.origin is None and cfg.pretrain_steps and at == "pretrain":
         yield replace(
             cfg, n_ahead=0, trainable="all", lora_rank=0, max_steps=cfg.pretrain_steps,

@@ -14,7 +14,7 @@ from configs import (
     list_presets,
     load_config,
 )
-from nanoqstar import InputError
+from nanoqstar import InputError, cli
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
@@ -43,6 +43,8 @@ from nanoqstar import InputError
     ({"fold_tokens": 10**12}, "--fold_tokens: must be at most 1,000,000,000"),
     ({"normalize_advantage": True, "grad_accum": 2}, "set grad_accum 1"),
     ({"n_ahead": 0, "trainable": "thoughts"}, "only the whole model can learn"),
+    ({"warm_steps": 3, "trainable": "mixing_head"}, "cannot learn the thoughts of a warm start"),
+    ({"fold_family": "sum", "fold_shortest": 2}, "only folds have several operations, or a short"),
 ])
 def test_values_out_of_range(changes, sentence):
     with pytest.raises(InputError, match=sentence):
@@ -55,6 +57,12 @@ def test_values_out_of_range(changes, sentence):
 def test_sampling_values_out_of_range(changes):
     with pytest.raises(InputError, match=next(iter(changes))):
         SampleConfig(**changes)
+
+
+@pytest.mark.parametrize("args", [[], ["--warm_steps", "3", "--n_ahead", "0"]])
+def test_given_thoughts_that_nothing_would_learn_are_refused(args):
+    with pytest.raises(InputError, match="is for "):
+        cli.settings(TrainConfig, ["--fold_thoughts", "5", *args], "")
 
 
 def test_no_thoughts_is_a_legal_n_ahead():

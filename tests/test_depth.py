@@ -108,6 +108,19 @@ def test_the_picture_is_legible_in_light_and_dark_mode():
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
 
 
+def test_lengths_that_few_windows_do_not_show_leave_gaps(runs, tmp_path, capsys):
+    assert experiments.main(["depth", "--jobs", "1"]) == 0
+    for folder, _ in runs:
+        text = (folder / "metrics.jsonl").read_text().splitlines()
+        evaluation = json.loads(text[0])
+        del evaluation["answers"]["by_operands"]["5"]["direct"]
+        (folder / "metrics.jsonl").write_text(f"{json.dumps(evaluation)}\n{text[1]}")
+    capsys.readouterr()
+    assert experiments.main(["depth", "--jobs", "1"]) == 0
+    found = rows(capsys.readouterr().out)
+    assert found[2, 5] == ["5", "0", *[""] * 11] and found[2, 4][:3] == ["4", "104", "25"]
+
+
 def test_failed_runs_leave_gaps_and_are_said(runs, monkeypatch, capsys):
     run = experiments.subprocess.run
 
@@ -125,6 +138,9 @@ def test_failed_runs_leave_gaps_and_are_said(runs, monkeypatch, capsys):
     (["--seeds", "0"], "--seeds: must be at least 1"),
     (["--", "--n_ahed", "3"], "did you mean --n_ahead?"),
     (["--", "--out_dir", "x"], "--out_dir is set by the table"),
+    *[(["--", f"--{name}", "3"], f"--{name} is set by the table")  # else not heard, or no map
+      for name in ("n_layers", "n_ahead", "model_path", "fold_shortest", "fold_operands")],
+    (["--", "--fold_family", "sum"], "--fold_family is"),
 ])
 def test_bad_arguments_are_refused_before_anything_runs(runs, capsys, args, sentence):
     assert experiments.main(["depth", *args]) == 2

@@ -272,7 +272,8 @@ def test_another_run_may_warm_the_model_of_one_and_count_on(straight, tmp_path):
 
 
 def test_what_cannot_be_is_refused(tmp_path, capsys):
-    check_refused(capsys, start(tmp_path / "x", warm_steps=2), "were given no thoughts")
+    check_refused(capsys, start(tmp_path / "x", warm_steps=2), "were given no thoughts to "
+                  "start from; set fold_thoughts")
     assert not (tmp_path / "x" / "base").exists()  # before pre-training
 
 

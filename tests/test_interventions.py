@@ -159,6 +159,24 @@ def test_measured_by_hand(run, monkeypatch):
         "the untrained base, by a vote of 16 written asides: right": 1.0})
 
 
+def test_votes_are_for_the_answers_of_the_run_s_own_family(tmp_path, monkeypatch):
+    assert train.main(["tiny", "--out_dir", str(tmp_path / "r"), "--fold_family", "sum",
+                       "--fold_operands", "2", "--fold_tokens", "20000", "--max_steps", "1",
+                       "--pretrain_steps", "1", "--eval_windows", "6", "--batch_size", "2",
+                       "--hidden_size", "24", "--intermediate_size", "32", "--threads", "1"]) == 0
+    add = fold.solver(0, 2, family="sum")
+
+    def write_out(base, prompts, *args):
+        votes = torch.zeros(16, len(prompts), LETTERS)
+        for n, prompt in enumerate(prompts):
+            votes[:, n, ids_of(add(fold.decode(prompt, 1)[-5:-1])[-1])[0]] = 1
+        return votes
+    monkeypatch.setattr(interventions, "write_out", write_out)
+    found = interventions.measure(tmp_path / "r")
+    assert [found[f"the untrained base, by a vote of {n} written asides: right"]
+            for n in interventions.VOTES] == [1, 1, 1]
+
+
 def test_a_real_run_is_measured(run):
     """Its thoughts as evaluated: accuracy as in its own log."""
     found = interventions.measure(run)
