@@ -41,7 +41,7 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, tr
 from tqdm import tqdm
 
 from data.sources import Item, Source, hub_files, local_files
-from data.thoughts import digest_of, placed, read_thoughts
+from data.thoughts import digest_of, note, placed, read_thoughts
 from data.writer import (
     JOURNAL,
     NAMES,
@@ -165,8 +165,7 @@ def tokenize(cfg: PrepareConfig, source: Source, tokenizer: Tokenizer, writer: D
         for batch in encoded(tokenizer, items):
             for item, encoding in batch:
                 if item.fault:
-                    n, sentence = left_out.get(item.fault.kind, (0, item.fault.sentence))
-                    left_out[item.fault.kind] = (n + item.fault.n, sentence)
+                    note(left_out, item.fault)
                 if item.text:
                     writer.add(split_of(item.text, cfg.val_fraction), before + encoding.ids + after)
                 if writer.n_tokens >= limit:

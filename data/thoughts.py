@@ -31,8 +31,8 @@ class Row(NamedTuple):
     thought: str
 
 
-def note(faults: Faults, fault: Fault, strict: bool) -> None:
-    """One more of its kind; InputError with --strict."""
+def note(faults: Faults, fault: Fault, strict: bool = False) -> None:
+    """So many more of its kind; InputError where strict."""
     if strict:
         raise InputError(fault.sentence)
     n, sentence = faults.get(fault.kind, (0, fault.sentence))
