@@ -166,7 +166,8 @@ class QuietStar(nn.Module):
                 by_position = new.view(n_windows, layout.n_positions, layout.n_passes)
                 out[..., step] = by_position.transpose(1, 2)
             if given is not None:
-                thoughts[..., step].copy_(torch.where(given < 0, thoughts, given)[..., step])
+                own, known = thoughts[..., step], given[..., step]
+                thoughts[..., step] = torch.where(known < 0, own, known)
             x = thoughts[..., step].transpose(1, 2).flatten(1)
         return thoughts, sampled_lp
 
