@@ -91,7 +91,8 @@ def check(settings: Any) -> None:
     for f in dataclasses.fields(settings):
         value, (accepted, choices) = getattr(settings, f.name), types_of(f)
         if choices and value not in choices:
-            raise InputError(f"--{f.name}: {value!r} is not one of {', '.join(choices)}")
+            guess = nearest(value, choices) if isinstance(value, str) else ""
+            raise InputError(f"--{f.name}: {value!r} is not one of {', '.join(choices)}{guess}")
         whole = float in accepted and type(value) is int
         if (type(value) not in accepted and not whole) or (
                 type(value) is float and not math.isfinite(value)):

@@ -209,6 +209,10 @@ def main(args: list[str]) -> int:
     if args[:1] == ["delimiters"]:
         return cli.command(args[1:], lambda a: (cli.settings(SearchConfig, a, str(__doc__)),),
                            "nanoqstar.experiments:search")
+    names = (*TABLES, "delimiters", "paper", "depth")
+    if args and not args[0].startswith("-") and args[0] not in names:
+        return cli.fail(f"no experiment {args[0]!r}{cli.nearest(args[0], names)}; there are "
+                        + ", ".join(names))
     return cli.command(args, read, "nanoqstar.experiments:run")
 
 
@@ -230,7 +234,7 @@ from tqdm import tqdm
 from nanoqstar import delimiters, hf, interventions
 from nanoqstar.dataset import TokenDataset
 from nanoqstar.device import pick_device, pick_threads
-from nanoqstar.files import LOCK, lock, read_small
+from nanoqstar.files import LOCK, lock, read_json, read_small
 from nanoqstar.flops import matched_steps
 from nanoqstar.tokenizer import encode, load_tokenizer
 
@@ -251,8 +255,12 @@ def finished(out: Path) -> dict[str, Any] | None:
 
 
 def train(out: Path, preset: str, options: list[str]) -> dict[str, Any] | None:
-    """One run in a process of its own; its last evaluation, or None."""
+    """One run in a process of its own, unless it is finished; its last evaluation, or None."""
     result = finished(out)
+    if result is not None and (others := other_settings(out, preset, options)):
+        print(f"{out}: a finished run of other settings ({others}): remove it, or give another "
+              "--out", flush=True)
+        return None
     if result is None:
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -267,6 +275,20 @@ def train(out: Path, preset: str, options: list[str]) -> dict[str, Any] | None:
         how = summary(result) if result else f"failed, see {out.with_suffix('.log')}"
         print(f"{out}: {how}", flush=True)
     return result
+
+
+def other_settings(out: Path, preset: str, options: list[str]) -> str:
+    """In which settings that change what is learned a run differs from what is asked for."""
+    from configs import PRESETS, TrainConfig, changes, restored
+
+    saved = out / "config.json"
+    try:
+        before = restored(read_json(saved), saved)
+    except InputError as error:
+        return str(error)
+    now = cli.settings(TrainConfig, options, "", base=PRESETS[preset].config)
+    now = replace(now, model_path=before.model_path)  # base or its copy: a folder may be moved
+    return ", ".join(changes(before, now)[1])
 
 
 def script() -> Path:

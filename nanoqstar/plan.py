@@ -247,14 +247,16 @@ def report(model: Qwen2Config, cfg: Any, device: torch.device) -> str:
     lines += [f"a state on disk {in_words(planned.state)}; {cfg.keep} newest, the best and one "
               f"being written {in_words((cfg.keep + 2) * planned.state)}",
               summary(model, cfg, device)]
-    work = cfg.max_steps * flops.of_update(
-        model, cfg.batch_size * cfg.grad_accum, cfg.max_length, cfg.n_ahead, cfg.n_ahead_talk,
-        cfg.n_passes, live_share(cfg), cfg.lora_rank > 0)
+    shape = (cfg.batch_size * cfg.grad_accum, cfg.max_length, cfg.n_ahead, cfg.n_ahead_talk)
+    warm = cfg.warm_steps if cfg.n_ahead else 0
+    work = (cfg.max_steps * flops.of_update(
+                model, *shape, cfg.n_passes, live_share(cfg), cfg.lora_rank > 0)
+            + warm * flops.of_update(model, *shape, 1, 0.0, cfg.lora_rank > 0))
     for size, card in CARDS.items():
         lines.append(f"{size:3} GB: " + fits(model, cfg, "cuda", size * 1e9))
         if card and lines[-1].endswith("fits"):
             hours = work / (MFU * flops.PEAKS[card]) / 3600
             time = f"{hours / 24:.1f} days" if hours >= 48 else f"{max(0.1, hours):.1f} hours"
-            lines[-1] += (f"; {cfg.max_steps:,} updates in {time} of one {card}"
+            lines[-1] += (f"; {warm + cfg.max_steps:,} updates in {time} of one {card}"
                           f" at {MFU:.0%} MFU (stated, not measured)")
     return "\n".join(lines)

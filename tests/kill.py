@@ -169,6 +169,7 @@ def main(args: list[str]) -> int:
                     wrong.append(said)
                 if code == -9:
                     counts["kills"] += 1
+                    print(f"\rkills: {counts['kills']}", end="", file=sys.stderr, flush=True)
                     where[place + full * ", disk full"] += 1
                     if before and not newest(out):
                         wrong.append(f"killed while {place}: no whole state is left")
@@ -186,6 +187,7 @@ def main(args: list[str]) -> int:
                     break
         finally:
             disk.close()
+    print(file=sys.stderr)
     how = "a tmpfs, filled" if disk.mounted else "RLIMIT_FSIZE"
     print(f"a full disk is {how}; a state takes {size:,} bytes; undisturbed {seconds:.1f} s")
     for count in (counts, where):

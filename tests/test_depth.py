@@ -1,5 +1,6 @@
 """The depth law's map: its runs, its tables, and a picture whose border is where it should be."""
 
+import dataclasses
 import json
 import re
 from xml.etree import ElementTree
@@ -42,6 +43,7 @@ def runs(tmp_path, monkeypatch):
         records = [{"kind": "eval", "nll_base": 1.0, "nll_mixed": 0.9, "gain": 0.1,
                     "answers": answers}, {"kind": "end"}]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg)))
     monkeypatch.setattr(experiments.subprocess, "run", run)
     return ran
 

@@ -1,5 +1,6 @@
 """Tables over seeds: every run once, bases shared, options that apply, intervals by hand."""
 
+import dataclasses
 import json
 import os
 from typing import get_args, get_type_hints
@@ -38,6 +39,7 @@ def runs(tmp_path, monkeypatch):
         records = [{"kind": "eval", "nll_base": 1.0, "nll_mixed": 0.9, "gain": 0.1,
                     "answers": answers}, {"kind": "end"}]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg)))
     monkeypatch.setattr(experiments.subprocess, "run", run)
     monkeypatch.setattr(experiments.interventions, "measure", lambda run: {
         "answers": 70.0, "problems": 60.0, "votes": 0.5 + 0.01 * int(run.name[-1])})
@@ -147,6 +149,26 @@ def test_an_interrupted_run_starts_over_and_overrides_have_their_own_folder(runs
     assert all(option(c, "max_steps") for c in runs[n + 1:])
 
 
+def test_a_finished_run_of_other_settings_is_no_result(runs, tmp_path, capsys):
+    """As where the preset has changed since, or somebody else's run lies there."""
+    call("controls", "--seeds", "1")
+    n, saved = len(runs), tmp_path / "out/experiments/tiny/main/seed-0/config.json"
+    whole = saved.read_text()
+    settings = json.loads(whole)
+    for text, sentence in (
+            (json.dumps(settings | {"max_steps": 160}), "(max_steps 160 -> 110): remove it"),
+            (json.dumps(settings | {"of_old": 1}), "unknown key 'of_old'"),
+            ("{", "cannot be read")):
+        saved.write_text(text)
+        capsys.readouterr()
+        assert call("controls", "--seeds", "1") == 2
+        output = capsys.readouterr()
+        assert sentence in output.out and "1 runs failed" in output.err
+        assert "| thoughts, policy on |" not in output.out
+    saved.write_text(whole)
+    assert call("controls", "--seeds", "1") == 0 and len(runs) == n
+
+
 @pytest.mark.parametrize("row", ["[]", "5", "{}", '{"kind": 5}', "[" * 10**5, "\xff", None])
 @pytest.mark.parametrize("place", [0, -1])
 def test_a_log_that_is_damaged_is_of_no_finished_run(runs, tmp_path, row, place):
@@ -205,7 +227,8 @@ def test_matched_flops_by_hand(runs):
 
 @pytest.mark.parametrize(("args", "sentence"), [
     ([], "name must be given"),
-    (["contorls"], "'contorls' is not one of controls, recipe"),
+    (["contorls"], "no experiment 'contorls'; did you mean controls?; there are controls, rec"),
+    (["detph"], "did you mean depth?"),
     (["controls", "--seeds", "0"], "--seeds: must be at least 1"),
     (["controls", "--seeds", "11"], "--seeds: must be at most 10"),
     (["text"], "the table text needs --data FOLDER"),
