@@ -39,8 +39,8 @@ def encode(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
     try:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
     except Exception as error:  # the library raises bare Exceptions
-        raise InputError(f"{name}: the tokenizer cannot encode {text!r} ({error}): use what it "
-                         "knows") from None
+        raise InputError(f"{name}: the tokenizer cannot encode {text!r} ({error}): it lacks "
+                         "some of these characters; another text or another model") from None
     if not ids:
         raise InputError(f"{name}: {text!r} has no tokens under this tokenizer; choose another "
                          "text")
