@@ -271,9 +271,14 @@ def say(text: str, stream: Any = None) -> int:
     return 0
 
 
-def fail(sentence: str) -> int:
+def one_line(sentence: str) -> str:
+    """As a terminal can show it, whatever names and values it holds."""
     line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(sentence.split()))
     if len(line) > LONGEST:  # what is wrong stands first, how to mend it last
         line = f"{line[:LONGEST * 3 // 4]} .. {line[-LONGEST // 4:]}"
-    say(f"error: {line}", sys.stderr)
+    return line
+
+
+def fail(sentence: str) -> int:
+    say(f"error: {one_line(sentence)}", sys.stderr)
     return WRONG_INPUT

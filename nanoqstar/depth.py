@@ -140,13 +140,16 @@ def run(cfg: Any, overrides: list[str]) -> None:
         return train(folder(seed, n_layers) / name, "tiny", options)
 
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    based: set[tuple[int, int]] = set()  # seeds and layers whose base is there
     jobs = [(seed, n, one) for seed in seeds for n in LAYERS
             for one in plan(n, folder(seed, n) / "base" / "base", common, preset)]
     with lock(out), ThreadPoolExecutor(cfg.jobs) as pool:
         for bases in (True, False):
-            group = [job for job in jobs if (job[2][0] == "base") == bases]
-            for (_, n, (name, _)), result in zip(group, pool.map(run_one, group), strict=True):
+            group = [job for job in jobs if (job[2][0] == "base") == bases
+                     and (bases or job[:2] in based)]
+            for (seed, n, (name, _)), result in zip(group, pool.map(run_one, group), strict=True):
                 if result is not None:
+                    based.add((seed, n))
                     found.setdefault((n, name), []).append(result["answers"]["by_operands"])
         depths: dict[int, Cells] = {}
         for n_layers in LAYERS:
@@ -164,4 +167,5 @@ def run(cfg: Any, overrides: list[str]) -> None:
             (out / "map.svg").write_text(picture(depths))
             print(f"\n{out / 'map.svg'}")
     if missing := len(jobs) - sum(map(len, found.values())):
-        raise InputError(f"{missing} runs failed; the same command tries them again")
+        raise InputError(f"{missing} runs failed, or are of other settings: the same command tries "
+                         "again what is not finished")

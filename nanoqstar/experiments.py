@@ -175,6 +175,10 @@ class SearchConfig:
 
 def read(args: list[str]) -> tuple[TableConfig, list[str]]:
     """Command line -> (the table, overrides that suit its preset)."""
+    names = (*TABLES, "delimiters", "paper", "depth")
+    if args and not args[0].startswith("-") and args[0] not in names:
+        raise InputError(f"no experiment {args[0]!r}{cli.nearest(args[0], names)}; there are "
+                         + ", ".join(names))
     cut = args.index("--") if "--" in args else len(args)
     table = cli.settings(TableConfig, args[:cut], str(__doc__), "name")
     return table, checked(args[cut + 1:], TABLES[table.name][1])
@@ -209,10 +213,6 @@ def main(args: list[str]) -> int:
     if args[:1] == ["delimiters"]:
         return cli.command(args[1:], lambda a: (cli.settings(SearchConfig, a, str(__doc__)),),
                            "nanoqstar.experiments:search")
-    names = (*TABLES, "delimiters", "paper", "depth")
-    if args and not args[0].startswith("-") and args[0] not in names:
-        return cli.fail(f"no experiment {args[0]!r}{cli.nearest(args[0], names)}; there are "
-                        + ", ".join(names))
     return cli.command(args, read, "nanoqstar.experiments:run")
 
 
@@ -254,12 +254,16 @@ def finished(out: Path) -> dict[str, Any] | None:
         return None
 
 
-def train(out: Path, preset: str, options: list[str]) -> dict[str, Any] | None:
-    """One run in a process of its own, unless it is finished; its last evaluation, or None."""
+def train(out: Path, preset: str, options: list[str], alone: list[str] | None = None
+          ) -> dict[str, Any] | None:
+    """One run in a process of its own, unless it is finished; its last evaluation, or None.
+
+    alone: the options without a base, where `options` start from one.
+    """
     result = finished(out)
-    if result is not None and (others := other_settings(out, preset, options)):
-        print(f"{out}: a finished run of other settings ({others}): remove it, or give another "
-              "--out", flush=True)
+    if result is not None and (others := other_settings(out, preset, alone or options)):
+        print(cli.one_line(f"{out}: a finished run of other settings ({others}): remove it, or "
+                           "give another --out"), flush=True)
         return None
     if result is None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -278,17 +282,24 @@ def train(out: Path, preset: str, options: list[str]) -> dict[str, Any] | None:
 
 
 def other_settings(out: Path, preset: str, options: list[str]) -> str:
-    """In which settings that change what is learned a run differs from what is asked for."""
-    from configs import PRESETS, TrainConfig, changes, restored
+    """In which settings that change what is learned a run differs from what is asked for.
 
-    saved = out / "config.json"
+    options: without a base of the table's; a run that started from one has the preset's sizes.
+    """
+    from configs import NEW_MODEL, PRESETS, TrainConfig, changes, restored
+
+    saved, base = out / "config.json", PRESETS[preset].config
     try:
         before = restored(read_json(saved), saved)
     except InputError as error:
         return str(error)
-    now = cli.settings(TrainConfig, options, "", base=PRESETS[preset].config)
-    now = replace(now, model_path=before.model_path)  # base or its copy: a folder may be moved
-    return ", ".join(changes(before, now)[1])
+    now = cli.settings(TrainConfig, options, "", base=base)
+    same: dict[str, Any] = {"threads": before.threads}  # the table sets them where no GPU is
+    if before.model_path is not None:  # base or its copy: a folder may be moved
+        same |= {f.name: getattr(base, f.name) for f in dataclasses.fields(base)
+                 if f.metadata["when"] is NEW_MODEL} | {"model_path": before.model_path}
+    harmless, serious = changes(before, replace(now, **same))
+    return ", ".join([*(x for x in harmless if x.startswith("max_steps ")), *serious])
 
 
 def script() -> Path:
@@ -351,8 +362,8 @@ def row_text(name: str, results: list[dict[str, Any]]) -> str:
 
 
 def measured(runs: Sequence[Path]) -> str:
-    """A table of what interventions on the finished ones of runs come to."""
-    found = [interventions.measure(run) for run in runs if finished(run)]
+    """A table of what interventions on finished runs come to."""
+    found = [interventions.measure(run) for run in runs]
     lines = ["", "| measured on the finished runs | seeds | % |\n|---|---|---|"]
     lines += [f"| {name} | {len(found)} | {interval([100 * x[name] for x in found], '{:.1f}')} |"
               for name in found[0] if name not in ("answers", "problems")]
@@ -430,33 +441,41 @@ def run(table: TableConfig, overrides: list[str]) -> None:
 
     def run_one(job: tuple[str, int]) -> dict[str, Any] | None:
         row, seed = job
-        own, late, start = settings[row], {}, {}
-        if own:
-            late = {"eval_every": 1_000_000}
-            base = out / slug(of_base(rows[row])) / f"seed-{seed}" / "base"
-            if base.is_dir() and rows[row] != of_base(rows[row]):
-                start = {"model_path": str(base)}
-                own = {k: v for k, v in own.items() if not k.startswith("pretrain_")}  # has been
-        options = options_of({"seed": seed, **start, **own}, common | late, preset)
-        return train(out / slug(rows[row]) / f"seed-{seed}", name, options)
+        own, late = settings[row], {"eval_every": 1_000_000} if rows[row] else {}
+        folder, alone = out / slug(rows[row]) / f"seed-{seed}", options_of(
+            {"seed": seed, **own}, common | late, preset)
+        makes = of_base(rows[row])  # the row that makes the base
+        base = out / slug(makes) / f"seed-{seed}"
+        if rows[row] == makes or not (base / "base").is_dir():
+            return train(folder, name, alone)
+        if finished(folder) is None and other_settings(base, name, options_of(
+                {"seed": seed, **cli.parse(TrainConfig, makes.split())}, common, preset)):
+            print(f"{folder}: not run, as the run of its base, {base}, is of other settings")
+            return None
+        own = {k: v for k, v in own.items() if not k.startswith("pretrain_")}  # has been
+        return train(folder, name, options_of(
+            {"seed": seed, "model_path": str(base / "base"), **own}, common | late, preset), alone)
 
     results: dict[str, list[dict[str, Any]]] = {}
+    mains = []
     with lock(out), ThreadPoolExecutor(table.jobs) as pool:
         # first those that make the bases
         for group in ([r for r in rows if rows[r] == of_base(rows[r])],
                       [r for r in rows if rows[r] != of_base(rows[r])]):
             jobs = [(row, seed) for seed in range(table.seeds) for row in group]
-            for (row, _), result in zip(jobs, pool.map(run_one, jobs), strict=True):
+            for (row, seed), result in zip(jobs, pool.map(run_one, jobs), strict=True):
                 if result is not None:
                     results.setdefault(row, []).append(result)
+                    mains += [out / slug("") / f"seed-{seed}"] * (row == MAIN)
     complete = [r for rs in results.values() for r in rs]
     if complete:
         print(header("answers" in complete[0]))
         print("\n".join(row_text(row, results[row]) for row in rows if row in results))
-    if table.name == "controls" and MAIN in results:
-        print(measured([out / slug("") / f"seed-{seed}" for seed in range(table.seeds)]))
+    if table.name == "controls" and mains:
+        print(measured(mains))
     if missing := len(rows) * table.seeds - len(complete):
-        raise InputError(f"{missing} runs failed; the same command tries them again")
+        raise InputError(f"{missing} runs failed, or are of other settings: the same command tries "
+                         "again what is not finished")
 
 
 def of_base(settings: str) -> str:

@@ -136,6 +136,18 @@ def test_failed_runs_leave_gaps_and_are_said(runs, monkeypatch, capsys):
     assert rows(output.out)[4, 4][7] == "" and rows(output.out)[4, 4][8] == "99"
 
 
+def test_nothing_begins_at_a_base_of_other_settings(runs, tmp_path, capsys):
+    base = tmp_path / "out/experiments/depth/seed-0/layers-2/base"
+    assert experiments.main(["depth", "--jobs", "1"]) == 0
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"hidden_size": 48}))
+    (base.parent / "3/metrics.jsonl").unlink()
+    assert experiments.main(["depth", "--jobs", "1"]) == 2
+    output = capsys.readouterr()
+    assert len(runs) == 33 and "hidden_size 48 -> 96" in output.out
+    assert "error: 11 runs failed, or are of other settings" in output.err
+
+
 @pytest.mark.parametrize(("args", "sentence"), [
     (["--seeds", "0"], "--seeds: must be at least 1"),
     (["--", "--n_ahed", "3"], "did you mean --n_ahead?"),

@@ -1,6 +1,7 @@
 """Tables over seeds: every run once, bases shared, options that apply, intervals by hand."""
 
 import dataclasses
+import io
 import json
 import os
 from typing import get_args, get_type_hints
@@ -169,6 +170,51 @@ def test_a_finished_run_of_other_settings_is_no_result(runs, tmp_path, capsys):
     assert call("controls", "--seeds", "1") == 0 and len(runs) == n
 
 
+def test_a_finished_table_is_itself_wherever_it_is_printed(runs, tmp_path, monkeypatch):
+    """With a GPU or without, after its bases are gone, or where another table has made one."""
+    overrides = ["--seeds", "1", "--", "--pretrain_steps", "20", "--hidden_size", "48"]
+    assert call("questions", *overrides) == 0  # pretrains its own, as no base is there
+    assert call("controls", *overrides) == 0
+    n = len(runs)
+    assert call("questions", *overrides) == 0 and call("controls", *overrides) == 0
+    [base] = tmp_path.glob("out/experiments/tiny-*/main/seed-0/base")
+    base.rmdir()
+    monkeypatch.setattr(experiments.torch.cuda, "is_available", lambda: True)
+    assert call("controls", *overrides) == 0 and len(runs) == n
+
+
+def test_nothing_begins_at_a_base_of_other_settings(runs, tmp_path, capsys):
+    assert call("controls", "--seeds", "1") == 0
+    n, folder = len(runs), tmp_path / "out/experiments/tiny"
+    saved = folder / "main/seed-0/config.json"
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"hidden_size": 48}))
+    (folder / "n_ahead-0/seed-0/metrics.jsonl").unlink()
+    assert call("controls", "--seeds", "1") == 2 and len(runs) == n
+    output = capsys.readouterr()
+    assert "n_ahead-0/seed-0: not run, as the run of its base, " in output.out
+    assert "error: 2 runs failed, or are of other settings" in output.err
+
+
+def test_runs_of_other_settings_are_not_measured(runs, tmp_path, capsys):
+    assert call("controls", "--seeds", "3") == 0
+    saved = tmp_path / "out/experiments/tiny/main/seed-0/config.json"
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"start_init_text": "\x1b[2J\n"}))
+    capsys.readouterr()
+    assert call("controls", "--seeds", "3") == 2
+    output = capsys.readouterr().out
+    assert "(start_init_text \ufffd[2J -> (): remove it" in output
+    assert "| votes | 2 | 51.0 / 52.0 |" in output
+
+
+def test_as_many_updates_as_another_preset_had_are_other_settings(runs, tmp_path, capsys):
+    """At a constant rate, too, where a resumed run may have more of them."""
+    assert call("text", "--seeds", "1", "--data", "a folder") == 0
+    [saved] = tmp_path.glob("out/experiments/text-*/main/seed-0/config.json")
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"max_steps": 400}))
+    assert call("text", "--seeds", "1", "--data", "a folder") == 2
+    assert "(max_steps 400 -> 300): remove it" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("row", ["[]", "5", "{}", '{"kind": 5}', "[" * 10**5, "\xff", None])
 @pytest.mark.parametrize("place", [0, -1])
 def test_a_log_that_is_damaged_is_of_no_finished_run(runs, tmp_path, row, place):
@@ -248,3 +294,9 @@ def test_bad_arguments_are_refused_before_anything_runs(runs, tmp_path, capsys, 
     output = capsys.readouterr().err
     assert sentence in output and output.startswith("error: ") and output.count("\n") == 1
     assert not runs and not [*tmp_path.iterdir()]
+
+
+def test_a_name_that_cannot_be_shown_is_refused_without_stderr(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)  # closed by whoever started this
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert experiments.main(["d\u00e9pth"]) == 2
