@@ -120,7 +120,7 @@ TABLES = {  # rows, preset
     "families": (FAMILIES, "tiny"), "rarity": (RARITY, "tiny"), "given": (GIVEN, "tiny"),
     "small": (TEXT, "small"), "text": (TEXT, "text")}
 OWN_BASE = ("--fold_", "--pretrain_")  # rows that share these share a base: of the row with no more
-BY_TABLE = ("data", "out_dir", "seed")  # by the table to every run
+BY_TABLE = ("data", "out_dir", "seed", "resume", "plan")  # by the table to every run
 BY_MAP = (*BY_TABLE, "model_path", "n_layers", "n_ahead", "fold_family", "fold_shortest",
           "fold_operands")
 

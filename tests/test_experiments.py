@@ -282,6 +282,8 @@ def test_matched_flops_by_hand(runs):
     (["controls", "--", "--n_ahed", "3"], "did you mean --n_ahead?"),
     (["controls", "--", "--seed", "3"], "--seed is set by the table"),
     (["controls", "--", "--out_dir", "x"], "--out_dir is set by the table"),
+    (["controls", "--", "--plan"], "--plan is set by the table"),
+    (["controls", "--", "--resume", "auto"], "--resume is set by the table"),
     (["controls", "--", "--n_ahead", "0"], "the row 'policy weight 0: NLL terms only' does not go"),
     (["controls", "--", "--tokenizer", "x"], "--tokenizer is for model_path only"),
     (["paper", "--preset", "tiny", "--", "--plan"], "--plan is set by the experiment"),
