@@ -272,9 +272,14 @@ def kind_of_thought(thought: str, problem: str, steps: str) -> str:
     """worked (all the steps), useful (it ends in the answer all the same), restated, or other.
 
     One with room for more than the steps may open an aside and go on after it: the aside counts.
+    One that opens an aside and ends a letter before it does leaves the last step to the answer.
     """
     if len(thought) > len(problem):
         thought = thought.removeprefix("(").partition(")")[0]
+    elif thought.startswith("(") and len(thought) == len(steps):
+        if thought[1:] == steps[:-1]:
+            return "worked"
+        return "restated" if thought[1:] == problem[:-1] else "other"
     if thought == steps:
         return "worked"
     if thought.endswith(steps[-1]) and set(thought) <= set(LETTERS):

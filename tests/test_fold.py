@@ -185,6 +185,10 @@ def test_kinds_of_thoughts():
     kinds = [fold.kind_of_thought(t, "abcd", "aefg")  # with room for brackets and more
              for t in ("(aefg)", "aefg)g", "(bg)e\n", "(abcd)", "g\nabcd", "(aefge", "((aefg")]
     assert kinds == ["worked", "worked", "useful", "restated", "other", "other", "other"]
+    kinds = [fold.kind_of_thought(t, "fedd", "fedc")  # with room for all but the last step
+             for t in ("(fed", "(fee", "(fe)", "(fec", "=(fe")]
+    assert kinds == ["worked", "other", "other", "other", "other"]
+    assert fold.kind_of_thought("(abc", "abcd", "aefg") == "restated"
 
 
 def answer_to(problem):
