@@ -3,11 +3,18 @@
 import pytest
 import torch
 
+from nanoqstar import cpu
 from nanoqstar.quietstar import QuietStar
 from nanoqstar.qwen2 import Qwen2, Qwen2Config
 
 SHAPE = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, head_dim=6, max_position_embeddings=4096)
+
+
+@pytest.fixture(autouse=True)
+def torchs_own_products(monkeypatch):
+    """Whatever a test before has chosen for its process."""
+    monkeypatch.setattr(cpu, "onednn", False)
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
