@@ -466,7 +466,8 @@ def run(table: TableConfig, overrides: list[str]) -> None:
             for (row, seed), result in zip(jobs, pool.map(run_one, jobs), strict=True):
                 if result is not None:
                     results.setdefault(row, []).append(result)
-                    mains += [out / slug("") / f"seed-{seed}"] * (row == MAIN)
+                    if row == MAIN:
+                        mains.append(out / slug("") / f"seed-{seed}")
     complete = [r for rs in results.values() for r in rs]
     if complete:
         print(header("answers" in complete[0]))
