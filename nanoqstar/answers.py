@@ -207,7 +207,9 @@ def cast_votes(model: QuietStar, tokenizer: Tokenizer, prompts: dict[int, str], 
     Unlike the official code, which loses the first `Q:` of a chain that a second one ends, the text
     up to the second is kept as it is.
     """
-    known, device = read_answers(path), model.lm.head_weight.device
+    device = model.lm.head_weight.device
+    # read by one rank: another that reads later finds answers of the first, and shares out less
+    known = {tuple(key) for key in parallel.first(lambda: list(read_answers(path)))}
     missing = [key for i in prompts for v in range(n_votes)
                if (key := (i, v, n_ahead > 0)) not in known]
     missing = [missing[i] for i in parallel.share(len(missing))]
@@ -266,7 +268,7 @@ def vote(model: QuietStar, tokenizer: Tokenizer, texts: Sequence[tuple[str, str]
         for k in ways:
             cast_votes(model, tokenizer, prompts, k, n_votes, path, end_ids=end_ids, seed=seed,
                        batch_size=batch_size)
-        parallel.exchange(None)  # until all ranks have written theirs
+            parallel.exchange(None)  # until all ranks have written theirs
     known, found = read_answers(path), dict[str, Any](n=len(chosen))
     for k in range(1, n_votes + 1):
         right = [[majority([known[i, v, way > 0] for v in range(k)]) == first_number(texts[i][1])

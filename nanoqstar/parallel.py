@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # now: it keeps, to the end, a group it finds when imported
 
 from nanoqstar import InputError
 from nanoqstar.cli import WRONG_INPUT, Interrupted

@@ -394,19 +394,32 @@ def test_ticks_are_few_and_within(low, high):
 
 
 def test_two_processes_find_what_one_does(work, run, tmp_path):
-    """Each scores its share, and writes its votes into the one file."""
+    """Each scores its share, and writes its votes into the one file: the same ones, however late
+    another process begins."""
     commands = [["gsm8k", "--input", str(work / "gsm8k.jsonl")],
                 ["text", "--input", str(work / "data"), "--windows", "5"],
-                ["gsm8k", "--input", str(work / "gsm8k.jsonl"), "--cot", "--votes", "2",
-                 "--answers", str(tmp_path / "votes.jsonl")]]
+                *(["gsm8k", "--input", str(work / "gsm8k.jsonl"), "--cot", "--votes", "2",
+                 "--answers", str(tmp_path / f"{name}.jsonl")] for name in ("prompt", "late"))]
     code = f"""
+import time
+from pathlib import Path
 from nanoqstar import answers, parallel, worth
 from nanoqstar.evaluate import read
-answers.CHAIN_TOKENS = 6
+answers.CHAIN_TOKENS, cast_votes, read_answers = 6, answers.cast_votes, answers.read_answers
+def late(act, seconds):
+    def wait(*args, **kwargs):
+        time.sleep(parallel.rank() * seconds)
+        return act(*args, **kwargs)
+    return wait
 with parallel.joined('cpu'):
     for n, command in enumerate({commands!r}):
+        if n == 3:
+            answers.cast_votes, answers.read_answers = late(cast_votes, 0.5), late(read_answers, 1)
         worth.run_on_all(*read([*command, '--model_path', {str(work / 'run')!r}, '--device', 'cpu',
-                                '--json', {str(tmp_path)!r} + f'/{{n}}.json']))"""
+                                '--json', {str(tmp_path)!r} + f'/{{n}}.json']))
+# gloo's threads that outlive the group abort the process, one time in ten, at its end
+threads = [x.read_text() for x in Path('/proc/self/task').glob('*/comm')]
+assert not [x for x in threads if 'gloo' in x], threads"""
     codes = launch(2, code, tmp_path / "log", timeout=120)
     assert codes == [0, 0], (tmp_path / "log").read_text()
     one, two = ([run(*commands[0])[3]["found"]["answer_prob"],
@@ -417,7 +430,9 @@ with parallel.joined('cpu'):
                                      ("nll_base", "nll_mixed", "gain_error"))):
         for key in keys:
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-9), key
-    kept = answers.read_answers(tmp_path / "votes.jsonl")
+    kept = answers.read_answers(tmp_path / "late.jsonl")
     assert kept.keys() == {(i, v, t) for i in range(5) for v in range(2) for t in (False, True)}
-    assert (tmp_path / "votes.jsonl").read_text().count("\n") == 1 + 20
-    assert (tmp_path / "log").read_text().count("maj@2") == 1  # one process speaks
+    prompt, late = (sorted((tmp_path / f"{name}.jsonl").read_text().splitlines())
+                    for name in ("prompt", "late"))
+    assert prompt == late and len(late) == 1 + 20
+    assert (tmp_path / "log").read_text().count("maj@2") == 2  # one process speaks
