@@ -282,18 +282,18 @@ FOLD_RECIPE = TrainConfig(  # what suits a small model that learns fast, on the 
     n_ahead_talk=2, start_init_text="(", end_init_text=")", embedding_lr_factor=10.0,
     policy_weight=10.0, reinforce_temperature=1.0, clamp_advantage=False, beta2=0.99,
     eval_windows=192)
+TINY = replace(FOLD_RECIPE, max_length=62, learning_rate=1e-3, warmup_steps=10, schedule="cosine",
+               eval_every=40, eval_windows=144, save_every=40)
 H200 = TrainConfig(data="data/fineweb-edu", n_passes=4, checkpointing=1.0)
 LORA = replace(H200, lora_rank=16, learning_rate=1e-4, n_passes=2)  # the official runs' 1e-4
 PRESETS = {
     "tiny": Preset(replace(
-        FOLD_RECIPE, n_ahead=6, max_length=62, max_steps=110, batch_size=16, learning_rate=1e-3,
-        warmup_steps=10, schedule="cosine", eval_every=40, eval_windows=144, save_every=40),
-        "2 CPU cores", "287.6 MB", "the embedded demo: thoughts become useful in minutes"),
-    "tiny_reread": Preset(replace(
-        FOLD_RECIPE, delimiters="reread", n_ahead=8, n_ahead_talk=1, max_length=62, max_steps=240,
-        batch_size=16, learning_rate=1e-3, warmup_steps=10, schedule="cosine", policy_weight=30.0,
-        eval_every=40, save_every=40),
-        "2 CPU cores", "326.6 MB", "the same; no token was chosen to begin thoughts with"),
+        TINY, delimiters="reread", n_ahead=6, n_ahead_talk=1, n_passes=1, batch_size=32,
+        max_steps=200, embedding_lr_factor=30.0),
+        "2 CPU cores", "281.5 MB", "the embedded demo: thoughts become useful in two minutes"),
+    "tiny_learned": Preset(replace(
+        TINY, n_ahead=6, max_steps=110, batch_size=16),
+        "2 CPU cores", "287.6 MB", "the same with the paper's delimiters, begun at ( and )"),
     "small": Preset(replace(
         FOLD_RECIPE, max_length=126, max_steps=400, batch_size=32, learning_rate=3e-4,
         eval_every=50, save_every=50, hidden_size=512, intermediate_size=1536, n_layers=8,

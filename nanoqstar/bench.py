@@ -125,7 +125,7 @@ SHAPES = {
     "cpu_0_5b": Shape(MODELS["Qwen/Qwen2.5-0.5B"], 1, 8, 4, 2, 127),  # for `sample`
 }
 # of text, as the README prepares it
-VOCABULARIES = {"tiny": 11, "tiny_reread": 11, "small": 96, "text": 4096}
+VOCABULARIES = {"tiny": 11, "tiny_learned": 11, "small": 96, "text": 4096}
 
 
 def of_clone(module: str) -> ModuleType:

@@ -124,7 +124,7 @@ def run(cfg: Any, overrides: list[str]) -> None:
     """All runs, then the tables and the picture. InputError where some failed."""
     from configs import PRESETS, TrainConfig
 
-    preset = PRESETS["tiny"].config
+    preset = PRESETS["tiny_learned"].config
     common = TEXT | cli.parse(TrainConfig, overrides)
     if not torch.cuda.is_available():
         common = {"threads": 1} | common
@@ -137,7 +137,7 @@ def run(cfg: Any, overrides: list[str]) -> None:
     def run_one(job: tuple[int, int, Run]) -> dict[str, Any] | None:
         seed, n_layers, (name, own) = job
         options = options_of({"seed": seed, **own}, common, preset)
-        return train(folder(seed, n_layers) / name, "tiny", options)
+        return train(folder(seed, n_layers) / name, "tiny_learned", options)
 
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     based: set[tuple[int, int]] = set()  # seeds and layers whose base is there

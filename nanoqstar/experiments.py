@@ -14,6 +14,8 @@ many; tables and map.svg. NAME is one of
 
   controls    is it the thoughts, and is it REINFORCE? the demo against what would explain it away,
               and what its thoughts do when they are changed
+  learned     the same with the paper's delimiters, begun at ( and ), and at a newline; the tables
+              from here to `given` are with these, too
   recipe      what each choice of the official recipe is worth on this task, one factor at a time
   questions   from a neutral start embedding, without any help
   families    other text: where steps pay (pointers to follow, sums) and where not (a table)
@@ -42,13 +44,15 @@ CONTROLS = {
     "policy weight 0: NLL terms only": "--policy_weight 0",
     "sign of the policy term turned round": "--policy_weight -10",
     "advantages of other thoughts (shuffled)": "--shuffle_advantage true",
-    "start `(`, end from newline": "--end_init_text \\n",
-    "start from newline, end `)`": "--start_init_text \\n",
     "mixing head alone trained, thoughts untrained": "--policy_weight 0 --trainable mixing_head",
     "random thoughts (uniform letters)": "--policy_weight 0 --thoughts_from abcdefg",
     "fixed thoughts (newlines, as pause tokens)": "--policy_weight 0 --thoughts_from \\n",
     "no thoughts, as many updates": "--n_ahead 0",
     "no thoughts, as many FLOPs": "--n_ahead 0 --max_steps MATCHED",
+}
+LEARNED = CONTROLS | {
+    "start `(`, end from newline": "--end_init_text \\n",
+    "start from newline, end `)`": "--start_init_text \\n",
 }
 OFFICIAL = ("--policy_weight 1e6 --clamp_advantage true --reinforce_temperature 3 "
             "--embedding_lr_factor 100 --n_ahead_talk 4")
@@ -89,15 +93,15 @@ KINDS = {"chase": "chase --pretrain_steps 2000", "sum, one layer": "sum --pretra
          "--n_layers 1", "sum": "sum --pretrain_steps 1000", "table": "table --pretrain_steps 600"}
 FAMILIES = {f"{kind}: {name}": FAMILY + text + more for kind, text in KINDS.items()
             for name, more in ((MAIN, ""), ("policy weight 0", " --policy_weight 0"))}
-REREAD = ("--delimiters reread --n_ahead 8 --n_ahead_talk 1 --max_steps 240 "
-          "--policy_weight ")  # and 30, as in tiny_reread
+REREAD = ("--delimiters reread --n_ahead_talk 1 --n_passes 1 --batch_size 32 --max_steps 200 "
+          "--embedding_lr_factor 30")  # as in tiny
 RARITY = {
     f"{share} worked lines{name}": f"{base} {own}".strip() for share, base in (
         ("10%", ""), ("3%", "--fold_worked_frac 0.03 --pretrain_steps 1800"),
         ("1%", "--fold_worked_frac 0.01 --pretrain_steps 6000 --fold_tokens 4500000"))
     for name, own in (
-        ("", ""), (", policy weight 0", "--policy_weight 0"), (", re-reading", REREAD + "30"),
-        (", re-reading, policy weight 0", REREAD + "0"))}
+        ("", ""), (", policy weight 0", "--policy_weight 0"), (", re-reading", REREAD),
+        (", re-reading, policy weight 0", REREAD + " --policy_weight 0"))}
 UNSEEN = "--fold_worked_frac 0"
 GIVEN = {
     "no worked lines, usual start": UNSEEN,
@@ -116,9 +120,10 @@ TEXT = {
     "no thoughts, as many FLOPs": "--n_ahead 0 --max_steps MATCHED",
 }
 TABLES = {  # rows, preset
-    "controls": (CONTROLS, "tiny"), "recipe": (RECIPE, "tiny"), "questions": (QUESTIONS, "tiny"),
-    "families": (FAMILIES, "tiny"), "rarity": (RARITY, "tiny"), "given": (GIVEN, "tiny"),
-    "small": (TEXT, "small"), "text": (TEXT, "text")}
+    "controls": (CONTROLS, "tiny"), "learned": (LEARNED, "tiny_learned"),
+    "recipe": (RECIPE, "tiny_learned"), "questions": (QUESTIONS, "tiny_learned"),
+    "families": (FAMILIES, "tiny_learned"), "rarity": (RARITY, "tiny_learned"),
+    "given": (GIVEN, "tiny_learned"), "small": (TEXT, "small"), "text": (TEXT, "text")}
 OWN_BASE = ("--fold_", "--pretrain_")  # rows that share these share a base: of the row with no more
 BY_TABLE = ("data", "out_dir", "seed", "resume", "plan")  # by the table to every run
 BY_MAP = (*BY_TABLE, "model_path", "n_layers", "n_ahead", "fold_family", "fold_shortest",
@@ -127,8 +132,8 @@ BY_MAP = (*BY_TABLE, "model_path", "n_layers", "n_ahead", "fold_family", "fold_s
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableConfig:
-    name: Literal["controls", "recipe", "questions", "families", "rarity", "given", "small",
-                  "text"] = cli.setting(
+    name: Literal["controls", "learned", "recipe", "questions", "families", "rarity", "given",
+                  "small", "text"] = cli.setting(
         dataclasses.MISSING, "the table")
     seeds: int = cli.setting(2, "runs of each row", at_least=1, at_most=max(T95))
     jobs: int = cli.setting(2, "runs at a time", at_least=1)
@@ -188,7 +193,7 @@ def read_depth(args: list[str]) -> tuple[DepthConfig, list[str]]:
     """Command line -> (the map, overrides that suit its preset)."""
     cut = args.index("--") if "--" in args else len(args)
     return (cli.settings(DepthConfig, args[:cut], str(__doc__)),
-            checked(args[cut + 1:], "tiny", BY_MAP))
+            checked(args[cut + 1:], "tiny_learned", BY_MAP))
 
 
 def checked(overrides: list[str], preset: str, taken: Sequence[str] = BY_TABLE) -> list[str]:
@@ -472,7 +477,7 @@ def run(table: TableConfig, overrides: list[str]) -> None:
     if complete:
         print(header("answers" in complete[0]))
         print("\n".join(row_text(row, results[row]) for row in rows if row in results))
-    if table.name == "controls" and mains:
+    if table.name in ("controls", "learned") and mains:
         print(measured(mains))
     if missing := len(rows) * table.seeds - len(complete):
         raise InputError(f"{missing} runs failed, or are of other settings: the same command tries "

@@ -41,12 +41,6 @@ def corrupted(thoughts: torch.Tensor, n_letters: int, seed: int) -> Iterator[tor
         yield other
 
 
-def last_letter(thoughts: torch.Tensor, n_letters: int) -> torch.Tensor:
-    """(m, S) -> (m,): the last id of each that is a letter's; where none is, the first id."""
-    place = torch.arange(thoughts.shape[1]).where(thoughts < n_letters, 0).amax(-1)
-    return thoughts.gather(1, place[:, None])[:, 0]
-
-
 def write_out(base: QuietStar, prompts: Sequence[Sequence[int]], opening: int, closing: int,
               n_sampled: int, n_letters: int, votes: int, seed: int) -> torch.Tensor:
     """What follows asides that a model without thoughts writes out after its prompts: a mark that
@@ -85,6 +79,17 @@ def measure(run: Path) -> dict[str, float]:
     windows, at = torch.tensor([x[:2] for x in direct]).T
     right, problems = text[windows, at + 1], [problem for _, _, problem in direct]
 
+    solve = fold.solver(cfg["seed"], cfg["fold_operands"], operations, cfg["fold_family"])
+
+    def leads_to(thought: str, problem: str) -> int:
+        """The id of a thought's last letter, or of a fold's last step from it, where it lacks it:
+        it opens an aside and has no room for that one."""
+        last = next((x for x in reversed(thought) if x in fold.LETTERS), fold.LETTERS[0])
+        if (cfg["fold_family"] == "fold" and thought[0] == "(" and ")" not in thought
+                and len(thought) == len(solve(problem))):
+            last = solve(last + problem[-1 - (operations > 1):])[-1]
+        return fold.LETTERS.index(last)
+
     def score(sampler: Rollout | None, choices: int) -> TextScores:
         return score_text(model, text, docs, thinking.n_ahead, thinking.n_ahead_talk,
                           seed=cfg["seed"], sampler=sampler, choices=range(choices))
@@ -109,10 +114,11 @@ def measure(run: Path) -> dict[str, float]:
     given, other = thoughts.roll(1, 0), torch.tensor(
         [a != b for a, b in zip(problems, [problems[-1], *problems])])
     answers = with_thoughts(given)
+    led = torch.tensor([leads_to(fold.decode(thought, operations), problem)
+                        for thought, problem in zip(given.tolist(), problems)])
     found |= {
         "another problem's thought: right": share((answers == right)[other]),
-        "another problem's thought: the letter it ends in":
-            share((answers == last_letter(given, n_letters))[other])}
+        "another problem's thought: the letter it leads to": share((answers == led)[other])}
     for k, given in enumerate(corrupted(thoughts, n_letters, cfg["seed"]), 1):
         found[f"another letter at token {k} of the thought: right"] = share(
             with_thoughts(given) == right)

@@ -10,7 +10,7 @@ import pytest
 
 import train
 from configs import PRESETS
-from nanoqstar import experiments
+from nanoqstar import cli, experiments
 from nanoqstar.files import LOCK, lock
 
 
@@ -108,17 +108,23 @@ def test_rows_share_the_base_of_their_own_text(runs):
         assert option(command, "pretrain_steps") is None
 
 
+def test_the_row_that_rereads_is_the_demo():
+    preset = PRESETS[experiments.TABLES["rarity"][1]].config
+    row = experiments.RARITY["10% worked lines, re-reading"].split()
+    assert cli.settings(type(preset), row, "", base=preset) == PRESETS["tiny"].config
+
+
 def test_given_thoughts_need_no_other_base(runs):
     assert call("given", "--seeds", "1") == 0
     made = [c for c in runs if option(c, "model_path") is None]
     assert [option(c, "out_dir") for c in made] == [
-        "out/experiments/tiny/fold_worked_frac-0/seed-0"]
+        "out/experiments/tiny_learned/fold_worked_frac-0/seed-0"]
     assert {option(c, "fold_thoughts") for c in runs} == {None, "30", "100", "300", "1000"}
 
 
 def test_overrides_go_to_the_rows_they_apply_to(runs):
     """A new model's sizes to those that make one, a thought's settings to those that think."""
-    assert call("controls", "--seeds", "1", "--", "--hidden_size", "48", "--n_passes", "4",
+    assert call("learned", "--seeds", "1", "--", "--hidden_size", "48", "--n_passes", "4",
                 "--start_init_text", "a\\n", "--fold_tokens", "5000", "--max_steps", "40",
                 "--threads", "2") == 0
     main, *others = runs
@@ -157,7 +163,7 @@ def test_a_finished_run_of_other_settings_is_no_result(runs, tmp_path, capsys):
     whole = saved.read_text()
     settings = json.loads(whole)
     for text, sentence in (
-            (json.dumps(settings | {"max_steps": 160}), "(max_steps 160 -> 110): remove it"),
+            (json.dumps(settings | {"max_steps": 160}), "(max_steps 160 -> 200): remove it"),
             (json.dumps(settings | {"of_old": 1}), "unknown key 'of_old'"),
             ("{", "cannot be read")):
         saved.write_text(text)
@@ -259,21 +265,21 @@ def test_failed_runs_are_said(runs, monkeypatch, capsys):
     monkeypatch.setattr(experiments.subprocess, "run", lambda *a, **k: None)
     assert call("controls", "--seeds", "1") == 2
     output = capsys.readouterr()
-    assert "failed, see" in output.out and "error: 11 runs failed" in output.err
+    assert "failed, see" in output.out and "error: 9 runs failed" in output.err
 
 
 def test_matched_flops_by_hand(runs):
     """Packed tokens x 6 and rollout tokens x 2 of a thinking window, over 62 x 6 of a plain one."""
     packed, rollout = 63 + 62 * (1 + 2 * (4 + 2)), 63 + 62 + 62 * 2 * 3
     steps = round(40 * (packed * 6 + rollout * 2) / (62 * 6))
-    call("controls", "--seeds", "1", "--", "--max_steps", "40")
+    call("learned", "--seeds", "1", "--", "--max_steps", "40")
     asked = [option(c, "max_steps") for c in runs]
     assert asked.count("40") == 10 and asked.count(str(steps)) == 1
 
 
 @pytest.mark.parametrize(("args", "sentence"), [
     ([], "name must be given"),
-    (["contorls"], "no experiment 'contorls'; did you mean controls?; there are controls, rec"),
+    (["contorls"], "no experiment 'contorls'; did you mean controls?; there are controls, lea"),
     (["detph"], "did you mean depth?"),
     (["controls", "--seeds", "0"], "--seeds: must be at least 1"),
     (["controls", "--seeds", "11"], "--seeds: must be at most 10"),

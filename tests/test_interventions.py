@@ -42,11 +42,6 @@ def test_one_token_at_a_time_becomes_another_letter():
         assert (other[:, k].bincount(minlength=LETTERS)[1:] > 60).all()  # of 100 on average
 
 
-def test_last_letter():
-    thoughts = torch.tensor([ids_of(t) for t in ("abcd", "abc)", "a)b=", "=)(\n")])
-    assert interventions.last_letter(thoughts, LETTERS).tolist() == [3, 2, 1, ids_of("=")[0]]
-
-
 def test_replayed_thoughts_score_as_their_own(run):
     """Over batches that do not divide the windows."""
     model, *_ = hf.load_thinker(run)
@@ -92,9 +87,9 @@ def test_asides_are_plain_text(run):
     assert firsts.max() < 0.9
 
 
-def scripted(monkeypatch, choose):
+def scripted(monkeypatch, choose, think=lambda steps: steps):
     """score_text's choices are choose(text, thought, i, choices) at every position i of a window
-    with thoughts, and the base's are 0; own thoughts are the right steps."""
+    with thoughts, and the base's are 0; own thoughts are think(the right steps)."""
     def score(model, text, docs, n_ahead, n_talk, *, seed, sampler, choices):
         n, t = len(text), text.shape[1] - n_talk
         thoughts = torch.full((n, t, S), 8)
@@ -102,7 +97,7 @@ def scripted(monkeypatch, choose):
             for style, answer, problem in fold.find_answers(fold.decode(ids, 1)):
                 if answer <= t and style == "direct":
                     steps = fold.solve(problem, fold.latin_squares(0))
-                    thoughts[w, answer - 1] = torch.tensor(ids_of(steps))
+                    thoughts[w, answer - 1] = torch.tensor(ids_of(think(steps)))
         if sampler is not None:
             thoughts = sampler(text, docs, torch.zeros(n, 1, t, S))[0][:, 0]
         zero = torch.zeros(n, t, dtype=torch.long)
@@ -135,7 +130,7 @@ def test_measured_by_hand(run, monkeypatch):
     asked, squares = [], fold.latin_squares(0)
     monkeypatch.setattr(interventions, "write_out", write_out)
     found = interventions.measure(run)
-    text, _ = TokenDataset(run / "data", "val").evenly(6, 64)
+    text, _ = TokenDataset(run / "data", "val").evenly(6, 63)
     direct = [(k - 1, problem) for ids in text.tolist()
               for style, k, problem in fold.find_answers(fold.decode(ids, 1))
               if style == "direct" and k <= 62]
@@ -151,12 +146,33 @@ def test_measured_by_hand(run, monkeypatch):
         "right of all characters, without thoughts": last.count(0) / n,
         "right of all characters": sum(i % 2 for i, _ in direct) / n,
         "another problem's thought: right": sum(apart) / len(apart),
-        "another problem's thought: the letter it ends in": 1.0,
+        "another problem's thought: the letter it leads to": 1.0,
         **{f"another letter at token {k} of the thought: right": float(k < S)
            for k in range(1, S + 1)},
         "the untrained base, by a vote of 1 written asides: right": 0.0,
         "the untrained base, by a vote of 4 written asides: right": abc,
         "the untrained base, by a vote of 16 written asides: right": 1.0})
+
+
+@pytest.mark.parametrize(("think", "leads_to"), [
+    (lambda steps: "(" + steps[:3], lambda last, square, operand: square[last][operand]),
+    (lambda steps: "(" + steps[2:] + ")", lambda last, square, operand: last),
+    (lambda steps: steps[:3] + ")", lambda last, square, operand: last),
+    (lambda steps: "=)(\n", lambda last, square, operand: 0)])
+def test_where_a_thought_leads(run, monkeypatch, think, leads_to):
+    """To its last letter, or, where it opens an aside and lacks a step, by that step: of the
+    problem that is asked."""
+    square = fold.latin_squares(0)["*"].tolist()
+
+    def choose(ids, thought, i, n):
+        last = next((x for x in reversed(thought) if x < LETTERS), 0)
+        return leads_to(last, square, ids[i - 1] if ids[i - 1] < LETTERS else 0)
+    scripted(monkeypatch, choose, think)
+    monkeypatch.setattr(interventions, "write_out", lambda base, prompts, *args: torch.zeros(
+        16, len(prompts), LETTERS))
+    found = interventions.measure(run)
+    assert found["another problem's thought: the letter it leads to"] == 1
+    assert found["another problem's thought: right"] < 0.5
 
 
 def test_votes_are_for_the_answers_of_the_run_s_own_family(tmp_path, monkeypatch):
