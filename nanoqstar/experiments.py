@@ -42,7 +42,7 @@ MAIN = "thoughts, policy on"
 CONTROLS = {
     MAIN: "",
     "policy weight 0: NLL terms only": "--policy_weight 0",
-    "sign of the policy term turned round": "--policy_weight -10",
+    "sign of the policy term turned round": "--policy_weight -20",
     "advantages of other thoughts (shuffled)": "--shuffle_advantage true",
     "mixing head alone trained, thoughts untrained": "--policy_weight 0 --trainable mixing_head",
     "random thoughts (uniform letters)": "--policy_weight 0 --thoughts_from abcdefg",
@@ -51,6 +51,7 @@ CONTROLS = {
     "no thoughts, as many FLOPs": "--n_ahead 0 --max_steps MATCHED",
 }
 LEARNED = CONTROLS | {
+    "sign of the policy term turned round": "--policy_weight -10",
     "start `(`, end from newline": "--end_init_text \\n",
     "start from newline, end `)`": "--start_init_text \\n",
 }
@@ -93,15 +94,15 @@ KINDS = {"chase": "chase --pretrain_steps 2000", "sum, one layer": "sum --pretra
          "--n_layers 1", "sum": "sum --pretrain_steps 1000", "table": "table --pretrain_steps 600"}
 FAMILIES = {f"{kind}: {name}": FAMILY + text + more for kind, text in KINDS.items()
             for name, more in ((MAIN, ""), ("policy weight 0", " --policy_weight 0"))}
-REREAD = ("--delimiters reread --n_ahead_talk 1 --n_passes 1 --batch_size 32 --max_steps 200 "
-          "--embedding_lr_factor 30")  # as in tiny
+REREAD = ("--delimiters reread --n_ahead_talk 1 --batch_size 32 --max_steps 160 "
+          "--warmup_steps 40 --embedding_lr_factor 30 --policy_weight ")  # and 20: as in tiny
 RARITY = {
     f"{share} worked lines{name}": f"{base} {own}".strip() for share, base in (
         ("10%", ""), ("3%", "--fold_worked_frac 0.03 --pretrain_steps 1800"),
         ("1%", "--fold_worked_frac 0.01 --pretrain_steps 6000 --fold_tokens 4500000"))
     for name, own in (
-        ("", ""), (", policy weight 0", "--policy_weight 0"), (", re-reading", REREAD),
-        (", re-reading, policy weight 0", REREAD + " --policy_weight 0"))}
+        ("", ""), (", policy weight 0", "--policy_weight 0"), (", re-reading", REREAD + "20"),
+        (", re-reading, policy weight 0", REREAD + "0"))}
 UNSEEN = "--fold_worked_frac 0"
 GIVEN = {
     "no worked lines, usual start": UNSEEN,

@@ -49,7 +49,8 @@ def here(tmp_path, monkeypatch):
     return ["paper", "--preset", "tiny", "--out", str(tmp_path / "out"), "--gsm8k", gsm8k,
             "--commonsense_qa", choices, "--samples", "2", "--votes", "2", "--limit", "3", "--",
             "--model_path", str(tmp_path / "model"), "--data", str(tmp_path / "data"),
-            "--delimiters", "learned", "--start_init_text", "a", "--end_init_text", "a", *OVERRIDES], ran
+            "--delimiters", "learned", "--start_init_text", "a", "--end_init_text", "a",
+            *OVERRIDES], ran
 
 
 def test_from_the_beginning_to_the_table(here, tmp_path, monkeypatch, capsys):

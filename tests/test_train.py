@@ -37,7 +37,7 @@ from nanoqstar.runlog import RunLog, Signals
 from nanoqstar.state import States
 
 ROOT = Path(__file__).parents[1]
-TINY = PRESETS["tiny"].config
+TINY = PRESETS["tiny_learned"].config
 SMALL = dict(hidden_size=16, intermediate_size=32, n_heads=2, n_kv_heads=1, pretrain_steps=3,
              pretrain_batch_size=4, fold_tokens=5000, max_length=20, batch_size=2, eval_windows=4,
              max_steps=2, schedule="constant", eval_every=1000, save_every=1000, log_every=1,
@@ -50,12 +50,13 @@ def small(**changes):
 
 
 def options(**changes):
-    """The command line of a small run: what is not as in tiny, and applies."""
+    """The command line of a small run: what is not as in the preset, and applies."""
     config = small(**changes)
-    return [word for f in dataclasses.fields(config)
-            if (value := getattr(config, f.name)) != getattr(TINY, f.name)
-            and (f.metadata["when"] is None or f.metadata["when"].holds(config))
-            for word in (f"--{f.name}", str(value))]
+    return ["tiny_learned"] + [
+        word for f in dataclasses.fields(config)
+        if (value := getattr(config, f.name)) != getattr(TINY, f.name)
+        and (f.metadata["when"] is None or f.metadata["when"].holds(config))
+        for word in (f"--{f.name}", str(value))]
 
 
 def start(out, *args, **changes):
@@ -637,13 +638,13 @@ def test_what_there_is_nothing_to_go_on_from(run, tmp_path, capsys):
 def test_auto_begins_anew_what_was_killed_before_its_first_save(straight, tmp_path, monkeypatch):
     """In this command's own folder, never in the next free one; others' files in it stay."""
     monkeypatch.chdir(tmp_path)
-    out = Path("out") / "tiny"
+    out = Path("out") / "tiny_learned"
     (out / "state" / "step-000002.partial").mkdir(parents=True)
     for name in ("config.json", "metrics.jsonl", "job.log", "data.partial/train.bin"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("{")
     command = [*options(**RESUMED), "--resume", "auto"]
-    assert script.main(command) == 0 and os.listdir("out") == ["tiny"]
+    assert script.main(command) == 0 and os.listdir("out") == ["tiny_learned"]
     assert learned(out) == learned(straight) and (out / "job.log").read_text() == "{"
     assert "data.partial" not in os.listdir(out)
 
@@ -1293,7 +1294,7 @@ def test_help_lists_what_applies(capsys):
 def test_runs_take_the_next_free_name(tmp_path, monkeypatch, capsys):
     """A run that holds its folder is left alone by one that starts beside it."""
     monkeypatch.chdir(tmp_path)
-    arguments = options(max_steps=1)
+    arguments = options(max_steps=1)[1:]
     assert script.main(["tiny", *arguments]) == 0
     with files.lock(Path("out") / "tiny-2"):
         assert script.main(arguments) == 0
@@ -1363,9 +1364,10 @@ def test_an_older_data_folder_lacks_the_beginning_of_text(tmp_path, capsys):
 
 
 def test_the_demo_learns_to_think(tmp_path):
-    """The regression test of the whole method: thoughts gain on held-out answers in 80 updates."""
+    """The regression test of the whole method: thoughts gain on held-out answers in 100 updates."""
     out = tmp_path / "out"
-    script.run("tiny", dataclasses.replace(TINY, out_dir=str(out), max_steps=80, eval_every=1000,
+    demo = PRESETS["tiny"].config
+    script.run("tiny", dataclasses.replace(demo, out_dir=str(out), max_steps=100, eval_every=1000,
                                            eval_windows=48))
     last = rows(out, "eval")[-1]
     direct = last["answers"]["direct"]
