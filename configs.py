@@ -290,7 +290,7 @@ PRESETS = {
     "tiny": Preset(replace(
         TINY, delimiters="reread", n_ahead=6, n_ahead_talk=1, batch_size=32, max_steps=160,
         warmup_steps=40, embedding_lr_factor=30.0, policy_weight=20.0),
-        "2 CPU cores", "484.5 MB", "the embedded demo: thoughts become useful in a minute"),
+        "2 CPU cores", "484.5 MB", "the embedded demo: thoughts become useful in two minutes"),
     "tiny_learned": Preset(replace(
         TINY, n_ahead=6, max_steps=110, batch_size=16),
         "2 CPU cores", "287.6 MB", "the same with the paper's delimiters, begun at ( and )"),

@@ -85,8 +85,8 @@ def measure(run: Path) -> dict[str, float]:
         """The id of a thought's last letter, or of a fold's last step from it, where it lacks it:
         it opens an aside and has no room for that one."""
         last = next((x for x in reversed(thought) if x in fold.LETTERS), fold.LETTERS[0])
-        if (cfg["fold_family"] == "fold" and thought[0] == "(" and ")" not in thought
-                and len(thought) == len(solve(problem))):
+        if (cfg["fold_family"] == "fold" and thought[0] == "("
+                and set(thought[1:]) <= set(fold.LETTERS) and len(thought) == len(solve(problem))):
             last = solve(last + problem[-1 - (operations > 1):])[-1]
         return fold.LETTERS.index(last)
 
