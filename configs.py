@@ -288,7 +288,7 @@ H200 = TrainConfig(data="data/fineweb-edu", n_passes=4, checkpointing=1.0)
 LORA = replace(H200, lora_rank=16, learning_rate=1e-4, n_passes=2)  # the official runs' 1e-4
 PRESETS = {
     "tiny": Preset(replace(
-        TINY, delimiters="reread", n_ahead=6, n_ahead_talk=1, batch_size=32, max_steps=160,
+        TINY, delimiters="reread", n_ahead=6, n_ahead_talk=1, batch_size=32, max_steps=200,
         warmup_steps=40, embedding_lr_factor=30.0, policy_weight=20.0),
         "2 CPU cores", "484.5 MB", "the embedded demo: thoughts become useful in two minutes"),
     "tiny_learned": Preset(replace(

@@ -94,7 +94,7 @@ KINDS = {"chase": "chase --pretrain_steps 2000", "sum, one layer": "sum --pretra
          "--n_layers 1", "sum": "sum --pretrain_steps 1000", "table": "table --pretrain_steps 600"}
 FAMILIES = {f"{kind}: {name}": FAMILY + text + more for kind, text in KINDS.items()
             for name, more in ((MAIN, ""), ("policy weight 0", " --policy_weight 0"))}
-REREAD = ("--delimiters reread --n_ahead_talk 1 --batch_size 32 --max_steps 160 "
+REREAD = ("--delimiters reread --n_ahead_talk 1 --batch_size 32 --max_steps 200 "
           "--warmup_steps 40 --embedding_lr_factor 30 --policy_weight ")  # and 20: as in tiny
 RARITY = {
     f"{share} worked lines{name}": f"{base} {own}".strip() for share, base in (

@@ -163,7 +163,7 @@ def test_a_finished_run_of_other_settings_is_no_result(runs, tmp_path, capsys):
     whole = saved.read_text()
     settings = json.loads(whole)
     for text, sentence in (
-            (json.dumps(settings | {"max_steps": 170}), "(max_steps 170 -> 160): remove it"),
+            (json.dumps(settings | {"max_steps": 170}), "(max_steps 170 -> 200): remove it"),
             (json.dumps(settings | {"of_old": 1}), "unknown key 'of_old'"),
             ("{", "cannot be read")):
         saved.write_text(text)
